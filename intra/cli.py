@@ -1,0 +1,58 @@
+"""The command line that every workflow shares.
+
+    python workflows/<name>.py --config FILE [section.key=value ...] [--dry-run]
+
+Exit status: 0 done, 1 failed, 2 the user's mistake. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import yaml
+
+from intra import config as configuration
+from intra.config import Config
+from intra.errors import UserError, WorkflowError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; usage: {self.prog} --config FILE [section.key=value ...] [--dry-run]")
+
+
+def main(
+    description: str | None,
+    plan: Callable[[Config], list[str]],
+    run: Callable[[Config], object],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parses the command line, then prints the plan (`--dry-run`) or runs the workflow. Returns the exit status.
+
+    `plan` gives the lines that say what exists and what will be made; it must make nothing. What `run` returns, if not
+    None, is printed as the last line: the place of what was made.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan; make nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    try:
+        options = parser.parse_intermixed_args(arguments)
+        config = configuration.load(options.config, options.overrides)
+        if options.dry_run:
+            print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
+            print("---", *plan(config), sep="\n")
+            return 0
+        result = run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkflowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if result is not None:
+        print(result)
+    return 0

@@ -1,0 +1,277 @@
+"""The one typed configuration of every workflow: YAML plus dotted overrides, validated before anything starts.
+
+    config = load("configs/quickstart.yaml", ["root=/tmp/run", "retriever.tokens=16"])
+
+Every section owns its keys. An unknown key, a wrong type and a value out of range are `UserError`s that name the key,
+what was found, and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from intra.errors import UserError
+
+METHODS = ("intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SyntheticConfig(Section):
+    """The generated world (`data.source: synthetic`)."""
+
+    chunks: int = Field(1000, ge=50, description="chunks in the pool")
+    train_questions: int = Field(600, ge=1)
+    test_questions: int = Field(300, ge=1)
+
+
+class DataConfig(Section):
+    source: Literal["synthetic", "jsonl", "beir"] = "synthetic"
+    path: str | None = Field(None, description="folder of the input files (jsonl, beir)")
+    passages: str | list[str] = Field("passages*.jsonl*", description="file names or a glob below data.path (jsonl)")
+    benchmarks: list[str] | None = Field(None, description="benchmarks to read (jsonl); all that are found when null")
+    train_split: str = "train"
+    test_split: str = "test"
+    pool_limit: int | None = Field(None, ge=1, description="passages in the pool; gold passages always stay")
+    question_limit: int | None = Field(None, ge=1, description="questions per benchmark and split")
+    chunk_tokens: int = Field(256, ge=16, description="longest chunk in backbone tokens; longer passages are split")
+    template: str = Field("{title}\n{text}", description="how title and text become the encoder's input")
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source != "synthetic" and not self.path:
+            raise ValueError(f"data.path is missing; data.source={self.source} needs the folder of the input files")
+        if "{text}" not in self.template:
+            raise ValueError("data.template must contain {text}")
+        return self
+
+
+class ArchitectureConfig(Section):
+    """Size of a backbone that is made from scratch (T5Gemma 2 classes, random weights)."""
+
+    hidden_size: int = Field(96, ge=8)
+    intermediate_size: int = Field(256, ge=8)
+    encoder_layers: int = Field(2, ge=1)
+    decoder_layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(4, ge=1)
+    head_dim: int = Field(32, ge=2)
+    vocabulary: int = Field(8192, ge=64)
+    tokenizer: Literal["word", "byte_bpe"] = "word"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError("backbone.architecture.heads must be a multiple of backbone.architecture.kv_heads")
+        return self
+
+
+class LossConfig(Section):
+    """Weights of the warm start's losses; 0 turns one off."""
+
+    answer: float = Field(1.0, ge=0)
+    retrieval: float = Field(0.0, ge=0)
+    hop: float = Field(0.0, ge=0)
+
+
+class WarmstartConfig(Section):
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(16, ge=1, description="worlds a step (synthetic) or questions a step (other sources)")
+    distractors: int = Field(8, ge=0, description="distractor chunks packed beside the gold ones, per question")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW, for embeddings and norms")
+    matrix_learning_rate: float = Field(0.02, gt=0, description="Muon, for weight matrices")
+    warmup_steps: int = Field(50, ge=0)
+    losses: LossConfig = LossConfig()
+    checkpoint_every: int = Field(200, ge=1)
+    workers: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1)
+
+
+class BackboneConfig(Section):
+    model: str = Field("quickstart", description="'quickstart' (shipped), a T5Gemma 2 directory, s3:// folder or hub id")
+    revision: str | None = Field(None, description="pinned revision of a hub id")
+    train: bool = Field(False, description="warm-start a backbone in this run, from backbone.initial")
+    initial: Literal["scratch", "model"] = Field("scratch", description="where backbone.train starts")
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    warmstart: WarmstartConfig = WarmstartConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("auto", description="auto | cpu | cuda")
+    prompt: str = Field("Question: {question}\nAnswer:", description="what the decoder reads")
+    answer_tokens: int = Field(24, ge=1, description="longest answer in tokens")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "{question}" not in self.prompt:
+            raise ValueError("backbone.prompt must contain {question}")
+        return self
+
+
+class StoreConfig(Section):
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    shard_chunks: int = Field(1024, ge=1)
+    batch_tokens: int = Field(8192, ge=64, description="padded tokens a batch; part of the store's fingerprint")
+    workers: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1, description="CPU threads a worker")
+    gpus_per_worker: float = Field(0, ge=0)
+
+
+class RetrieverTrainConfig(Section):
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(32, ge=1, description="questions a step, over all workers")
+    micro_batch: int = Field(8, ge=1, description="questions a forward pass; fixes the arithmetic for any worker count")
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    hard_negatives: int = Field(16, ge=0, description="S_0 chunks that are not gold, per question")
+    sampled_negatives: int = Field(256, ge=0, description="uniform chunks, shared by a micro-batch")
+    checkpoint_every: int = Field(100, ge=1)
+    workers: int = Field(1, ge=1)
+    threads: int = Field(2, ge=1)
+    gpus_per_worker: float = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.micro_batch:
+            raise ValueError("retriever.train.batch_size must be a multiple of retriever.train.micro_batch")
+        if self.batch_size // self.micro_batch % self.workers:
+            raise ValueError("retriever.train.batch_size / micro_batch must be a multiple of retriever.train.workers")
+        return self
+
+
+class RetrieverConfig(Section):
+    tokens: int = Field(64, ge=1, description="R, paper section 4.2")
+    pooled_length: int = Field(7, ge=1, description="L_p, paper section 3.3")
+    initial_context: int = Field(20, ge=0, description="n_0; 0 leaves S_0 empty")
+    initial_scoring: Literal["dot", "cosine", "whitened"] = Field("dot", description="MaxSim of S_0 (dot: Eq. 6)")
+    scoring: Literal["per_head"] = "per_head"
+    answer_size: int = Field(5, ge=1, description="chunks the answer is read from")
+    answer_initial: int = Field(1, ge=0, description="of those, taken from the top of S_0 (the paper's 4 + 1)")
+    query_batch: int = Field(16, ge=1)
+    tile_chunks: int = Field(2048, ge=1, description="chunks scored at once")
+    train: RetrieverTrainConfig = RetrieverTrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.answer_initial > self.answer_size:
+            raise ValueError("retriever.answer_initial must not exceed retriever.answer_size")
+        return self
+
+
+class EvaluateConfig(Section):
+    methods: list[Literal["intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle"]] = list(METHODS)  # type: ignore[arg-type]
+    k: list[int] = [5, 10, 20]
+    answers: bool = True
+    answer_batch: int = Field(32, ge=1)
+    bootstrap: int = Field(1000, ge=100, description="resamples of the 95 % intervals")
+    threads: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.k or min(self.k) < 1:
+            raise ValueError("evaluate.k must be a list of positive numbers, such as [5, 10, 20]")
+        if not self.methods or len(set(self.methods)) != len(self.methods):
+            raise ValueError("evaluate.methods must name each method once")
+        return self
+
+
+class TrackingConfig(Section):
+    uri: str | None = Field(None, description="MLflow; null keeps a SQLite store beside the run")
+    experiment: str | None = Field(None, description="null takes the configuration file's name")
+
+
+class Config(Section):
+    root: str
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    store: StoreConfig = StoreConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.retriever.answer_size > max(self.evaluate.k):
+            raise ValueError("retriever.answer_size must not exceed the largest evaluate.k")
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of `path` with `section.key=value` overrides (values are YAML).
+
+    Raises UserError: a missing or malformed file, an unknown key, a wrong type, a value out of range.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file; configs/ holds the ones that come with the project") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration file ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    tracking = values.setdefault("tracking", {})
+    if isinstance(tracking, dict):
+        tracking.setdefault("experiment", path.stem)
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], origin: str = "configuration") -> Config:
+    """A validated Config from plain values; `origin` names the source in errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}': expected section.key=value, such as retriever.tokens=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UserError(f"override '{override}': {section} is a value, not a section")
+    place[last] = value
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Config), n=1) or difflib.get_close_matches(
+            key.rsplit(".")[-1], [k.rsplit(".")[-1] for k in _keys(Config)], n=1
+        )
+        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
+    if error["type"] == "missing":
+        return f"'{key}' is missing; set it in the file or as {key}=VALUE"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"'{key}': found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,113 @@
+"""What a dataset holds: chunks and questions, and the Parquet files they stand in.
+
+<dataset>/pool.parquet        chunk_id, title, text, source, n_tokens; sorted by chunk_id
+<dataset>/questions.parquet   question_id, benchmark, split, question, answers, gold, hops, type, gold_source
+<dataset>/statistics.json, tokenizer/ (when the backbone is made from scratch), manifest.json
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from intra import storage
+
+POOL = "pool.parquet"
+QUESTIONS = "questions.parquet"
+
+POOL_SCHEMA = pa.schema(
+    [("chunk_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("source", pa.string()), ("n_tokens", pa.int32())]
+)
+QUESTIONS_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("benchmark", pa.string()),
+        ("split", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("gold", pa.list_(pa.list_(pa.string()))),
+        ("hops", pa.int32()),
+        ("type", pa.string()),
+        ("gold_source", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and its evidence.
+
+    `gold` holds one group per gold passage; a group lists the chunks that each satisfy it (the pieces of a split passage,
+    or equivalent versions of one text). Evidence is complete when every group has at least one chunk in the top k.
+    `question_id` is unique over all benchmarks and splits.
+    """
+
+    question_id: str
+    benchmark: str
+    split: str  # "train" | "test": the role in this run, whatever the source calls its splits
+    question: str
+    answers: tuple[str, ...]
+    gold: tuple[tuple[str, ...], ...]
+    hops: int
+    type: str
+    gold_source: str = "annotated"
+
+
+class Pool:
+    """The chunks, as columns in memory, in the order of their ids."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def chunk_ids(self) -> list[str]:
+        return list(self.table["chunk_id"].to_pylist())
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        return {chunk_id: row for row, chunk_id in enumerate(self.chunk_ids)}
+
+    @cached_property
+    def titles(self) -> list[str]:
+        return list(self.table["title"].to_pylist())
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return list(self.table["text"].to_pylist())
+
+    def title_and_text(self) -> list[str]:
+        """What the lexical methods index."""
+        return [f"{title} {text}".strip() for title, text in zip(self.titles, self.texts, strict=True)]
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The table's bytes: the same table always gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=65536)
+    return buffer.getvalue()
+
+
+def read_pool(url: str) -> Pool:
+    return Pool(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(url, POOL)))))
+
+
+def questions_table(questions: Sequence[Question]) -> pa.Table:
+    columns = {name: [getattr(question, name) for question in questions] for name in QUESTIONS_SCHEMA.names}
+    return pa.table(columns, schema=QUESTIONS_SCHEMA)
+
+
+def read_questions(url: str, split: str | None = None) -> list[Question]:
+    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(url, QUESTIONS))))
+    return [
+        Question(**{**row, "answers": tuple(row["answers"]), "gold": tuple(tuple(group) for group in row["gold"])})
+        for row in table.to_pylist()
+        if split is None or row["split"] == split
+    ]

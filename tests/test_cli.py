@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from intra import cli
+from intra.config import Config
+from intra.errors import UserError, WorkflowError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text("root: r")
+    return str(path)
+
+
+def never(config: Config) -> None:
+    raise AssertionError("must not run")
+
+
+def test_run_gets_the_configuration_and_its_result_is_the_last_line(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> str:
+        print("working")
+        return f"place/{config.seed}"
+
+    assert cli.main("doc", lambda config: [], run, ["--config", file, "seed=3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "place/3"
+
+
+def test_options_may_stand_anywhere(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main("doc", lambda config: [], lambda config: config.seed, ["seed=3", "--config", file, "data.pool_limit=7"]) == 0
+    assert capsys.readouterr().out == "3\n"
+
+
+def test_dry_run_prints_configuration_and_plan_and_makes_nothing(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main("doc", lambda config: ["dataset: to be made"], never, ["--config", file, "--dry-run", "seed=9"]) == 0
+    shown, plan = capsys.readouterr().out.split("---\n")
+    assert yaml.safe_load(shown)["seed"] == 9
+    assert plan == "dataset: to be made\n"
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("x: bad; mend it"), 2), (WorkflowError("s3: refused; check it"), 1)])
+def test_an_error_is_one_line_and_its_status(file: str, error: Exception, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> None:
+        raise error
+
+    assert cli.main("doc", lambda config: [], run, ["--config", file]) == status
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config"], ["--config", "absent.yaml"], ["--konfig", "x"]])
+def test_a_wrong_command_line_is_the_users_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main("doc", lambda config: [], never, arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from intra import config as configuration
+from intra.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_load(path: Path) -> None:
+    config = configuration.load(path, ["data.path=somewhere"])
+    assert config.tracking.experiment == path.stem
+
+
+def test_names_and_defaults_that_users_rely_on(tmp_path: Path) -> None:
+    config = configuration.load(write(tmp_path, "root: r"))
+    assert (config.retriever.tokens, config.retriever.pooled_length, config.retriever.initial_context) == (64, 7, 20)
+    assert config.evaluate.k == [5, 10, 20]
+    assert config.retriever.scoring == "per_head"
+
+
+def test_override_wins_and_is_typed(tmp_path: Path) -> None:
+    config = configuration.load(
+        write(tmp_path, "root: r\nretriever: {tokens: 8}"), ["retriever.tokens=16", "evaluate.k=[1, 5]", "data.pool_limit=null"]
+    )
+    assert config.retriever.tokens == 16
+    assert config.evaluate.k == [1, 5]
+    assert config.data.pool_limit is None
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "says"),
+    [
+        ("root: r\nretriver: {}", [], "unknown key 'retriver'; did you mean 'retriever'?"),
+        ("root: r", ["retriever.token=8"], "unknown key 'retriever.token'; did you mean 'retriever.tokens'?"),
+        ("root: r", ["retriever.tokens=many"], "'retriever.tokens': found 'many'"),
+        ("root: r", ["retriever.tokens=0"], "'retriever.tokens': found 0"),
+        ("seed: 1", [], "'root' is missing"),
+        ("root: r\ndata: {source: jsonl}", [], "data.path is missing"),
+        ("root: r", ["tokens"], "expected section.key=value"),
+        ("root: r", ["root.x=1"], "root is a value, not a section"),
+        ("root: [", [], "not valid YAML"),
+        ("- a", [], "expected a mapping"),
+        ("root: r", ["evaluate.methods=[bm26]"], "'evaluate.methods.0': found 'bm26'"),
+        ("root: r", ["backbone.prompt=hello"], "backbone.prompt must contain {question}"),
+        ("root: r", ["retriever.train.micro_batch=5"], "must be a multiple of retriever.train.micro_batch"),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_and_remedy(tmp_path: Path, text: str, overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        configuration.load(write(tmp_path, text), overrides)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration file"):
+        configuration.load(tmp_path / "absent.yaml")
