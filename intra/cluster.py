@@ -4,30 +4,133 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from intra.config import Config
+from intra.errors import UserError, WorkflowError
 
 LOCAL_OBJECT_STORE = 512 * 1024**2  # bytes; states never travel through the object store
 
 
-def connect() -> None:
+def connect(config: Config | None = None) -> None:
     """Connects this process to Ray, once. A submitted job (RAY_ADDRESS) joins its cluster; otherwise Ray starts here.
 
-    A local Ray gets two logical CPUs to spare: actors that hold every CPU would leave none for reading and hang the job.
+    A local Ray counts as many logical CPUs as the largest step of `config` asks for (at least those of the machine), and two to
+    spare: actors that hold every CPU would leave none for reading and hang the job. Raises WorkflowError where Ray cannot be
+    reached or started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    joins = joined()
+    if not joins:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file for a cluster that ends with this process
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's actors trip a harmless check that prints as an error
     import ray
 
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING)
-    else:
-        ray.init(
-            num_cpus=(os.cpu_count() or 1) + 2,
-            object_store_memory=LOCAL_OBJECT_STORE,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+    # "local", said plainly: without it Ray joins whatever cluster another user of this machine has started last.
+    settings: dict[str, Any] = {"address": _reached(os.environ["RAY_ADDRESS"])} if joins else {
+        "address": "local",
+        "num_cpus": _logical_cpus(config),
+        "object_store_memory": LOCAL_OBJECT_STORE,
+        "include_dashboard": False,
+        "log_to_driver": False,
+    }  # fmt: skip
+    try:
+        ray.init(logging_level=logging.WARNING, **settings)
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        place = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined" if joins else "a local Ray cannot be started"
+        raise WorkflowError(f"{place}: {' '.join(str(error).split())[:300]}; check it, or unset RAY_ADDRESS to run here") from error
+
+
+def _reached(address: str) -> str:
+    """The cluster's address, once its port answers: Ray itself tries for minutes, page after page, before it gives up."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("http"):
+        raise UserError(f"RAY_ADDRESS={address} is the address of a job server; use `ray job submit`, or unset RAY_ADDRESS to run here")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise WorkflowError(
+                f"the cluster at RAY_ADDRESS={address} cannot be reached ({error}); check it, or unset RAY_ADDRESS"
+            ) from error
+    return address
+
+
+def _logical_cpus(config: Config | None) -> int:
+    cpus = os.cpu_count() or 1
+    if config is not None:
+        warmstart, store, train = config.backbone.warmstart, config.store, config.retriever.train
+        cpus = max(cpus, *(part.workers * part.threads for part in (warmstart, store, train)))
+    return cpus + 2
+
+
+def joined() -> bool:
+    """True in a job that was submitted to a cluster."""
+    return "RAY_ADDRESS" in os.environ
+
+
+def resources() -> dict[str, float]:
+    """CPUs and GPUs of the cluster as it stands: {"CPU": n, "GPU": m}."""
+    import ray
+
+    found = ray.cluster_resources()
+    return {name: float(found.get(name, 0)) for name in ("CPU", "GPU")}
+
+
+def quiet_data() -> None:
+    """Keeps Ray Data's own bars and reports off the terminal; its log file (ray-data.log of the session) has them still.
+
+    In the log of a job its errors stay: there they tell which machine was lost.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR if joined() else logging.CRITICAL + 1)
+
+
+class Stage:
+    """A stage of a Ray Data pipeline that hands its failure on as a row, for the driver to raise as one line (`check`).
+
+    An exception raised in an actor reaches the driver as pages of several processes' stack traces, and one of its construction
+    only as text. Built from a class whose instances map a row (a mapping) to a row.
+    """
+
+    def __init__(self, build: Callable[..., Callable[[Mapping[str, Any]], dict[str, Any]]], *arguments: Any) -> None:
+        self._failure: dict[str, Any] | None = None
+        try:
+            self._work = build(*arguments)
+        except Exception as error:
+            self._failure = _failure(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "failure" in row:  # of a stage before
+            return row
+        if self._failure is not None:
+            return {**row, **self._failure}
+        try:
+            return self._work(row)
+        except Exception as error:
+            return {**row, **_failure(error)}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UserError | WorkflowError):
+        return {"failure": str(error), "mistake": isinstance(error, UserError)}
+    traceback.print_exception(error)  # in the worker's log: this one was not foreseen
+    return {"failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "mistake": False}
+
+
+def check(row: Mapping[str, Any], name: str) -> None:
+    """Raises what a `Stage` has handed on: UserError for the user's mistake, else WorkflowError, naming the piece of work."""
+    if row.get("failure") is not None:
+        raise (UserError if row["mistake"] else WorkflowError)(f"{name}: {row['failure']}")

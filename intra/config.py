@@ -81,19 +81,47 @@ class LossConfig(Section):
     answer: float = Field(1.0, ge=0)
     retrieval: float = Field(0.0, ge=0)
     hop: float = Field(0.0, ge=0)
+    attention: float = Field(0.0, ge=0)
 
 
 class WarmstartConfig(Section):
+    """A world is a set of chunks and questions about them that share the encoded chunks."""
+
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(16, ge=1, description="worlds a step (synthetic) or questions a step (other sources)")
-    distractors: int = Field(8, ge=0, description="distractor chunks packed beside the gold ones, per question")
+    batch_size: int = Field(16, ge=1, description="worlds a step, over all workers")
+    micro_batch: int = Field(16, ge=1, description="worlds a forward pass; the retrieval loss is over a micro-batch's chunks")
+    questions: int = Field(12, ge=1, description="questions a world")
+    world_chunks: int = Field(8, ge=3, description="chunks a mini-world in the mean (synthetic)")
+    growth: float = Field(0.0, ge=0, le=1, description="share of the steps, at the start, over which mini-worlds grow from 2 chunks")
+    binding: float = Field(0.5, ge=0, le=1, description="share of mini-worlds of one kind of entity only (synthetic)")
+    bridge: float = Field(0.5, ge=0, le=1, description="share of bridge questions in the other mini-worlds (synthetic)")
+    distractors: int = Field(8, ge=0, description="random chunks a question, packed beside the gold ones (other sources)")
     learning_rate: float = Field(3e-3, gt=0, description="AdamW, for embeddings and norms")
     matrix_learning_rate: float = Field(0.02, gt=0, description="Muon, for weight matrices")
+    weight_decay: float = Field(0.0, ge=0, description="of the weight matrices")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     warmup_steps: int = Field(50, ge=0)
+    decay: float = Field(0.4, ge=0, le=1, description="share of the steps, at the end, over which the learning rates fall to 0")
     losses: LossConfig = LossConfig()
+    retrieval_share: float = Field(0.5, gt=0, le=1, description="share of the questions that the retrieval and hop losses see")
+    pooled_length: int = Field(7, ge=1, description="pooled vectors a chunk in those losses")
+    vector_dropout: float = Field(0.0, ge=0, lt=1, description="share of the pooled vectors those losses leave out, at random")
+    probes: int = Field(2, ge=1, description="positions a question whose queries retrieve (retrieval and hop losses)")
+    probe_span: int = Field(16, ge=1, description="they stand within so many positions behind the prompt")
     checkpoint_every: int = Field(200, ge=1)
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
+    gpus_per_worker: float = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.micro_batch:
+            raise ValueError("backbone.warmstart.batch_size must be a multiple of backbone.warmstart.micro_batch")
+        if self.batch_size // self.micro_batch % self.workers:
+            raise ValueError("backbone.warmstart.batch_size / micro_batch must be a multiple of backbone.warmstart.workers")
+        if self.probes > self.probe_span:
+            raise ValueError("backbone.warmstart.probes must not exceed backbone.warmstart.probe_span")
+        return self
 
 
 class BackboneConfig(Section):

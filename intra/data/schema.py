@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,6 +98,34 @@ def to_parquet(table: pa.Table) -> bytes:
 
 def read_pool(url: str) -> Pool:
     return Pool(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(url, POOL)))))
+
+
+class PoolFile:
+    """The pool, opened to read slices of it: held compressed, one row group decoded at a time."""
+
+    def __init__(self, url: str) -> None:
+        self._file = pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(url, POOL))))
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._group: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def rows(self, first: int, count: int) -> Pool:
+        """Chunks [first, first + count)."""
+        parts = []
+        for group, (start, end) in enumerate(itertools.pairwise(self._starts)):
+            low, high = max(first, start), min(first + count, end)
+            if low < high:
+                parts.append(self._decoded(group).slice(low - start, high - low))
+        return Pool(pa.concat_tables(parts) if parts else POOL_SCHEMA.empty_table())
+
+    def _decoded(self, group: int) -> pa.Table:
+        if self._group is None or self._group[0] != group:
+            self._group = None  # before the next one is decoded: one at a time in memory
+            self._group = (group, self._file.read_row_group(group))
+        return self._group[1]
 
 
 def questions_table(questions: Sequence[Question]) -> pa.Table:

@@ -1,0 +1,253 @@
+"""MLflow: one run per workflow step, children for its parts, a parent over the steps of a nightly.
+
+    with tracking.step(config, "encode", artifact) as run:
+        run.log_metrics({"chunks_per_second": 210.0}, step=3)
+
+Where the runs are kept: `tracking.uri`, or, where that is null, a SQLite store beside the run: `<root>/mlflow/mlflow.db` with
+artifacts in `<root>/mlflow/artifacts`. SQLite needs a local disk, so the database of an s3:// root lies in
+`runs/mlflow/mlflow.db` of the working directory, and its artifacts in `<root>/mlflow/artifacts`.
+
+The parameters of a run are the resolved configuration; nothing of the environment is logged, and a password in a URL is masked.
+A process other than the one that opened a run (a training worker) continues it with `attach(run.uri, run.run_id)`.
+MLflow is imported only when a run is opened: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from intra import storage
+from intra.artifact import Artifact
+from intra.config import Config
+from intra.errors import WorkflowError
+
+LOGGER = logging.getLogger(__name__)
+_METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch
+_PARAMS_A_BATCH = 100
+_VALUE_LENGTH = 6000
+_DIGEST_LENGTH = 36
+
+_current: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+class Run:
+    """An open MLflow run. Failures of the tracking store are `WorkflowError`s that name it."""
+
+    def __init__(self, client: Any, uri: str, experiment_id: str, run_id: str) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._client = client
+        self._experiment_id = experiment_id
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers by name, in batches. Characters of a name that MLflow refuses (such as `@`) become `_`."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [Metric(_metric_name(name), float(value), now, step or 0) for name, value in metrics.items()]
+        with _named(self.uri):
+            for start in range(0, len(entries), _METRICS_A_BATCH):
+                self._client.log_batch(self.run_id, metrics=entries[start : start + _METRICS_A_BATCH])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings; nested mappings are flattened to dotted names."""
+        from mlflow.entities import Param
+
+        entries = [Param(_metric_name(name), _masked(str(value))[:_VALUE_LENGTH]) for name, value in flatten(params).items()]
+        with _named(self.uri):
+            for start in range(0, len(entries), _PARAMS_A_BATCH):
+                self._client.log_batch(self.run_id, params=entries[start : start + _PARAMS_A_BATCH])
+
+    def log_artifact(self, content: Path | str | bytes, name: str) -> None:
+        """A file as `name` (which may hold folders): a Path is read, a str is the text itself, bytes are the bytes."""
+        folder, _, base = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary, _named(self.uri):
+            file = Path(temporary) / base
+            data = content.read_bytes() if isinstance(content, Path) else content
+            file.write_bytes(data.encode() if isinstance(data, str) else data)
+            self._client.log_artifact(self.run_id, str(file), folder or None)
+
+    def log_input(self, name: str, digest: str, source: str) -> None:
+        """A data set this run read: its name, the digest of its bytes (MLflow keeps 36 characters) and its place."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        kind = "s3" if storage.is_s3(source) else "local"
+        dataset = Dataset(name, digest[:_DIGEST_LENGTH], kind, json.dumps({"uri": source}), profile=json.dumps({"digest": digest}))
+        with _named(self.uri):
+            self._client.log_inputs(self.run_id, [DatasetInput(dataset)])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        with _named(self.uri):
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    @contextlib.contextmanager
+    def child(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
+        """A run below this one."""
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        with _open(self._client, self.uri, self._experiment_id, name, {**(tags or {}), MLFLOW_PARENT_RUN_ID: self.run_id}) as run:
+            yield run
+
+
+@contextlib.contextmanager
+def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterator[Run]:
+    """The MLflow run of a workflow step, below the run that is open already, if any; ended FAILED where the step raises.
+
+    Tags: `step`, `commit` (git, or "unknown"), and `fingerprint` and `artifact` of what the step makes. The resolved
+    configuration is logged as parameters and as `config.json`.
+    Raises WorkflowError where the tracking store cannot be reached.
+    """
+    tags = {"step": name, "commit": commit()}
+    if artifact is not None:
+        tags |= {"fingerprint": artifact.fingerprint, "artifact": artifact.url}
+    parent = _current.get()
+    if parent is not None:
+        opened = parent.child(name, tags)
+    else:
+        uri, location = place(config)
+        client = _client(uri)
+        with _named(uri):
+            experiment = _experiment(client, config, location)
+        opened = _open(client, uri, experiment, name, tags)
+    with opened as run:
+        run.log_params(config.model_dump())
+        run.log_artifact(json.dumps(resolved(config), indent=1), "config.json")
+        yield run
+
+
+def attach(uri: str, run_id: str) -> Run:
+    """The run `run_id` of another process, to log to; the process that opened it ends it."""
+    client = _client(uri)
+    with _named(uri):
+        experiment = client.get_run(run_id).info.experiment_id
+    return Run(client, uri, experiment, run_id)
+
+
+def place(config: Config) -> tuple[str, str | None]:
+    """The tracking URI, and where artifacts of a new experiment go (None: the tracking server decides)."""
+    artifacts = storage.join(storage.absolute(config.root), "mlflow", "artifacts")
+    if config.tracking.uri is not None:
+        return config.tracking.uri, None if config.tracking.uri.startswith(("http://", "https://", "databricks")) else artifacts
+    folder = Path.cwd() / "runs" / "mlflow" if storage.is_s3(config.root) else Path(storage.absolute(config.root)) / "mlflow"
+    return f"sqlite:///{folder / 'mlflow.db'}", artifacts
+
+
+def how_to_open(config: Config) -> str:
+    """One line for the user: the tracking store and the command that shows it."""
+    uri = _masked(place(config)[0])
+    return uri if uri.startswith(("http://", "https://")) else f"{uri}  (mlflow ui --backend-store-uri {uri})"
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain values, with passwords in URLs masked: what is stored beside an output."""
+    values = config.model_dump()
+    if config.tracking.uri is not None:
+        values["tracking"]["uri"] = _masked(config.tracking.uri)
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def commit() -> str:
+    """The git commit of this code, or "unknown" outside a repository."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip()
+
+
+@contextlib.contextmanager
+def _open(client: Any, uri: str, experiment_id: str, name: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    with _named(uri):
+        info = client.create_run(experiment_id, run_name=name, tags=dict(tags)).info
+    run = Run(client, uri, experiment_id, info.run_id)
+    token = _current.set(run)
+    try:
+        yield run
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        try:
+            client.set_terminated(run.run_id, status)
+        except Exception as second:  # the step's own error matters more than that of the tracking store
+            LOGGER.warning("MLflow run %s could not be ended as %s: %s", run.run_id, status, second)
+        raise
+    finally:
+        _current.reset(token)
+    with _named(uri):
+        client.set_terminated(run.run_id, "FINISHED")
+
+
+def _client(uri: str) -> Any:
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    # A server that does not answer must fail the step in seconds, before hours of work; by default MLflow retries for minutes.
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    }.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    with _named(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+def _experiment(client: Any, config: Config, location: str | None) -> str:
+    name = config.tracking.experiment or "intra"
+    found = client.get_experiment_by_name(name)
+    if found is not None and config.tracking.uri is None and found.artifact_location.removeprefix("file://") != location:
+        # The experiment was made for another root (or this root has moved): its artifacts would land there.
+        name = f"{name} {location}"
+        found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found is not None else client.create_experiment(name, artifact_location=location))
+
+
+@contextlib.contextmanager
+def _named(uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        reason = _masked(" ".join(str(error).split())[:300])
+        raise WorkflowError(f"MLflow store {_masked(uri)}: {reason}; check tracking.uri, or leave it null for a local store") from error
+
+
+def _metric_name(name: str) -> str:
+    return re.sub(r"[^\w./ :-]", "_", name)
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intra import config as configuration
+from intra import tracking
+from intra.artifact import Artifact
+from intra.config import Config
+from intra.errors import UserError, WorkflowError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    root = tmp_path_factory.mktemp("tracking")
+    return configuration.parse({"root": str(root), "tracking": {"experiment": "trial"}})
+
+
+def runs(config: Config) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking.place(config)[0])
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"]))
+
+
+def test_steps_nest_below_the_run_that_is_open(config: Config) -> None:
+    with (
+        tracking.step(config, "nightly") as parent,
+        tracking.step(config, "encode", Artifact("store", "/data/store/ab", "ab", "encode")) as step,
+        step.child("shard") as child,
+    ):
+        pass
+    found = {run.info.run_id: run for run in runs(config)}
+    assert "mlflow.parentRunId" not in found[parent.run_id].data.tags
+    assert found[step.run_id].data.tags["mlflow.parentRunId"] == parent.run_id
+    assert found[child.run_id].data.tags["mlflow.parentRunId"] == step.run_id
+    assert found[step.run_id].data.tags["fingerprint"] == "ab"
+    assert found[step.run_id].info.run_name == "encode"
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+
+def test_what_is_logged(config: Config) -> None:
+    with tracking.step(config, "encode") as run:
+        run.log_metrics({"recall@5": 0.5}, step=1)
+        run.log_metrics({"recall@5": 0.75, "hotpotqa/bridge/em": 1.0}, step=2)
+        run.log_params({"outer": {"inner": 7}})
+        run.log_artifact("hello", "notes/text.txt")
+        run.log_input("pool", "d1" * 32, "/data/pool.parquet")
+    found = next(entry for entry in runs(config) if entry.info.run_id == run.run_id)
+    assert found.data.metrics == {"recall_5": 0.75, "hotpotqa/bridge/em": 1.0}
+    assert found.data.params["retriever.train.steps"] == "300"
+    assert found.data.params["outer.inner"] == "7"
+    dataset = found.inputs.dataset_inputs[0].dataset
+    assert dataset.name == "pool"
+    assert ("d1" * 32).startswith(dataset.digest)
+    assert ("d1" * 32) in dataset.profile
+    assert "/data/pool.parquet" in dataset.source
+    artifacts = Path(found.info.artifact_uri)
+    assert (artifacts / "notes" / "text.txt").read_text() == "hello"
+    assert '"seed": 0' in (artifacts / "config.json").read_text()
+    assert artifacts.is_relative_to(config.root)
+
+
+def test_another_process_goes_on_with_a_run(config: Config) -> None:
+    with tracking.step(config, "train") as run:
+        tracking.attach(run.uri, run.run_id).log_metrics({"loss": 2.5}, step=3)
+    assert next(entry for entry in runs(config) if entry.info.run_id == run.run_id).data.metrics == {"loss": 2.5}
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_step_that_raises_ends_its_run(config: Config, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracking.step(config, "train") as run:
+        raise error
+    assert next(entry for entry in runs(config) if entry.info.run_id == run.run_id).info.status == status
+
+
+def test_an_unreachable_server_is_one_line_that_hides_the_password(tmp_path: Path) -> None:
+    config = configuration.parse({"root": str(tmp_path), "tracking": {"uri": "http://ada:secret@127.0.0.1:9"}})
+    with pytest.raises(WorkflowError) as failure, tracking.step(config, "encode"):
+        pytest.fail("the step must not begin")
+    message = str(failure.value)
+    assert message.startswith("MLflow store http://***@127.0.0.1:9:")
+    assert "tracking.uri" in message
+    assert "\n" not in message
+    assert "secret" not in message
+    assert "secret" not in str(tracking.resolved(config)) + tracking.how_to_open(config)
+
+
+def test_the_environment_is_never_logged(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
+    with tracking.step(config, "encode") as run:
+        pass
+    found = next(entry for entry in runs(config) if entry.info.run_id == run.run_id)
+    stored = str(found.data.params) + str(found.data.tags) + "".join(p.read_text() for p in Path(found.info.artifact_uri).rglob("*.json"))
+    assert "not-to-be-seen" not in stored
+
+
+def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = configuration.parse({"root": str(tmp_path / "run")})
+    assert tracking.place(local) == (f"sqlite:///{tmp_path}/run/mlflow/mlflow.db", f"{tmp_path}/run/mlflow/artifacts")
+    remote = configuration.parse({"root": "s3://bucket/run"})
+    assert tracking.place(remote) == (f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db", "s3://bucket/run/mlflow/artifacts")
+    server = configuration.parse({"root": "s3://bucket/run", "tracking": {"uri": "http://mlflow:5000"}})
+    assert tracking.place(server) == ("http://mlflow:5000", None)
+
+
+def test_artifacts_of_an_s3_root_go_to_s3(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from intra import storage
+
+    monkeypatch.chdir(tmp_path)
+    config = configuration.parse({"root": s3_root, "tracking": {"experiment": "trial"}})
+    with tracking.step(config, "encode") as run:
+        run.log_artifact("hello", "text.txt")
+    assert [name for name in storage.files(storage.join(s3_root, "mlflow")) if name.endswith("text.txt")]
+    other = configuration.parse({"root": s3_root + "-other", "tracking": {"experiment": "trial"}})
+    with tracking.step(other, "encode"):
+        pass
+    assert storage.files(storage.join(s3_root + "-other", "mlflow"))
+
+
+def test_importing_it_is_light() -> None:
+    code = "import sys, intra.tracking; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,80 @@
+"""The prepare workflow through its command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from intra import cli, storage
+from tests.data.conftest import PASSAGES, folder, make, write_lines  # noqa: F401  (folder is a fixture)
+from workflows import prepare
+
+
+@pytest.fixture
+def file(folder: Path, tmp_path: Path) -> str:  # noqa: F811
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(make(folder, tmp_path / "root").model_dump()))
+    return str(path)
+
+
+def test_made_once_and_tracked_then_left_alone(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*arguments: str) -> list[str]:
+        assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file, *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    plan = call("--dry-run")
+    assert not (tmp_path / "root").exists()
+    place = plan[plan.index("---") + 1].removeprefix("prepare: to be made, ")
+    assert any(line.endswith("passages.b.jsonl") for line in plan)
+
+    made = call()
+    assert made[0].startswith("prepare: 6 passages (1 split), ")
+    assert made[-1] == place
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/root/mlflow/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.data.metrics["passages"] == 6
+    assert run.data.metrics["questions/lakes/train"] == 1
+    assert {item.dataset.name for item in run.inputs.dataset_inputs} >= {
+        "passages.a.jsonl.gz",
+        "questions/lakes.test.jsonl",
+        "pool",
+        "questions",
+    }
+    assert "statistics.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(place).rglob("*")}
+
+    assert call() == [place]
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(place).rglob("*")} == before
+    assert f"prepare: complete, {place}" in call("--dry-run")
+
+
+def test_changed_input_is_another_dataset(file: str, folder: Path) -> None:  # noqa: F811
+    from intra import config, lineage
+
+    before = lineage.dataset(config.load(file)).url
+    write_lines(folder / "passages.b.jsonl", PASSAGES[:2:-1])
+    assert lineage.dataset(config.load(file)).url != before
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("data.path=absent", "error: data.path=absent: no such folder"),
+        ("data.passages=passages.a*", "is not in the pool"),
+        ("data.test_split=dev", "error: data.test_split=dev: no file"),
+    ],
+)
+def test_the_users_mistake_is_one_line_and_status_2(
+    file: str, tmp_path: Path, override: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file, override]) == 2
+    error = capsys.readouterr().err
+    assert found in error
+    assert len(error.splitlines()) == 1
+    assert not [name for name in storage.files(str(tmp_path / "root")) if name.startswith("dataset/")]

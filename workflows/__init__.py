@@ -1,0 +1,1 @@
+"""Entry points: one script, one Ray job, one MLflow run each."""
