@@ -1,0 +1,209 @@
+"""The methods `intra`, `maxsim` and `s0_reranked`, behind `intra.method.Method`, and the passes they share.
+
+    passes = Passes(backbone, store, retriever)
+    for method in methods(passes, answer_size=5, answer_initial=1): ...
+
+Per question: S_0 over the whole pool; one retrieval pass of the decoder over the stored states of S_0's first n_0 chunks; s_i of
+every chunk. Each is computed once for a question, whichever method asks first. Memory does not grow with the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from intra.data.schema import Pool, Question
+from intra.errors import UserError
+from intra.method import Method, Ranking, Rankings
+from intra.retrieval import initial, scoring
+
+if TYPE_CHECKING:
+    from intra.backbone.model import Backbone, Memory
+    from intra.retrieval.retriever import Retriever
+    from intra.store.reader import ChunkStore
+
+Scored = list[tuple[int, float]]  # (row of the pool, score), best first, equal scores by row
+
+
+class Passes:
+    """S_0, the retrieval pass and s_i for sets of questions; keeps the best rows of each question it has seen."""
+
+    def __init__(
+        self, backbone: Backbone, store: ChunkStore, retriever: Retriever, *, query_batch: int = 16, tile_chunks: int = 2048
+    ) -> None:
+        """Raises UserError where backbone, store and retriever do not fit each other."""
+        retriever.check(backbone)
+        retriever.check_store(store.hidden_size, store.pooled_length)
+        self.backbone, self.store, self.retriever = backbone, store, retriever
+        self.query_batch, self.tile_chunks = query_batch, tile_chunks
+        self._initial: dict[str, Scored] = {}
+        self._intrinsic: dict[str, Scored] = {}
+        self._context: dict[str, Scored] = {}
+
+    def check(self, pool: Pool) -> None:
+        """Raises UserError where the store does not hold the pool's chunks in the pool's order."""
+        if list(self.store.chunk_ids) != pool.chunk_ids:
+            raise UserError(
+                f"the chunk store holds {len(self.store)} chunks that are not the {len(pool)} of the pool; run workflows/encode.py"
+            )
+
+    def initial(self, questions: Sequence[Question], k: int) -> dict[str, Scored]:
+        """The k best chunks by S_0's score (at least n_0 are kept), by question id."""
+        k = max(k, self.retriever.settings.initial_context)
+        todo = _lacking(self._initial, questions, min(k, len(self.store)))
+        texts = [question.question for question in todo]
+        kind = self.retriever.settings.initial_scoring
+        found = (
+            scored
+            for best in initial.search(self.backbone, self.store, texts, k, kind, self.tile_chunks)
+            for scored in _pairs(best.scores, best.rows)
+        )
+        self._initial.update(zip((question.question_id for question in todo), found, strict=True))
+        return {question.question_id: self._initial[question.question_id] for question in questions}
+
+    def intrinsic(self, questions: Sequence[Question], k: int) -> dict[str, Scored]:
+        """The k best chunks of the whole pool by s_i (Eq. 4), by question id: raw scores."""
+        todo = _lacking(self._intrinsic, questions, min(k, len(self.store)))
+        weights = self.retriever.weights.to(self.backbone.device)
+        with torch.no_grad():
+            for batch, queries in self._retrieval_pass(todo, "s_i over the pool"):
+                best = scoring.top_k(
+                    self.store.tiles(self.tile_chunks),
+                    lambda pooled, q=queries: scoring.score(q, pooled.to(self.backbone.device), self.backbone, weights),  # type: ignore[misc]
+                    k,
+                )
+                for question, scored in zip(batch, _pairs(best.scores, best.rows), strict=True):
+                    self._intrinsic[question.question_id] = scored
+        return {question.question_id: self._intrinsic[question.question_id] for question in questions}
+
+    def context(self, questions: Sequence[Question]) -> dict[str, Scored]:
+        """S_0's first n_0 chunks, ordered by s_i, by question id: raw scores."""
+        n_0 = self.retriever.settings.initial_context
+        if n_0 == 0:
+            return {question.question_id: [] for question in questions}
+        todo = _lacking(self._context, questions, min(n_0, len(self.store)))
+        weights = self.retriever.weights.to(self.backbone.device)
+        rows_of = {key: sorted(row for row, _ in scored[:n_0]) for key, scored in self.initial(todo, n_0).items()}
+        with torch.no_grad():
+            for batch, queries in self._retrieval_pass(todo, "s_i of S_0"):
+                union = sorted({row for question in batch for row in rows_of[question.question_id]})
+                place = {row: index for index, row in enumerate(union)}
+                scores = scoring.score(queries, self.store.pooled(union).to(self.backbone.device), self.backbone, weights).tolist()
+                for question, mine in zip(batch, scores, strict=True):
+                    scored = [(row, mine[place[row]]) for row in rows_of[question.question_id]]
+                    self._context[question.question_id] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))
+        return {question.question_id: self._context[question.question_id] for question in questions}
+
+    def _retrieval_pass(self, questions: Sequence[Question], what: str) -> Iterator[tuple[list[Question], Tensor]]:
+        """Batches of questions with their queries [B, L, H, R, e]."""
+        n_0 = self.retriever.settings.initial_context
+        first_chunks = self.initial(questions, n_0) if n_0 else {question.question_id: [] for question in questions}
+        tokens = self.retriever.tokens.to(self.backbone.device)
+        with tqdm(total=len(questions), desc=what, unit="question", disable=None) as bar:
+            for first in range(0, len(questions), self.query_batch):
+                batch = list(questions[first : first + self.query_batch])
+                rows = [[row for row, _ in first_chunks[question.question_id]] for question in batch]
+                memory = read_context(self.backbone, self.store, rows, n_0)
+                yield batch, self.backbone.queries(self.backbone.prompt_ids([q.question for q in batch]), tokens, memory)
+                bar.update(len(batch))
+
+
+def read_context(backbone: Backbone, store: ChunkStore, rows: Sequence[Sequence[int]], n_0: int) -> Memory:
+    """The stored states of each question's first n_0 rows, packed; each chunk is read once. n_0 = 0: an empty memory."""
+    union = sorted({row for mine in rows for row in mine[:n_0]})
+    states = dict(zip(union, store.states([store.chunk_ids[row] for row in union]), strict=True)) if union else {}
+    return backbone.pack([[states[row] for row in mine[:n_0]] for mine in rows])
+
+
+class MaxSim:
+    """S_0's own ranking, with its scores."""
+
+    name = "maxsim"
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+
+    def index(self, pool: Pool) -> None:
+        self.passes.check(pool)
+
+    def search(self, questions: Sequence[Question], k: int) -> Rankings:
+        ids = self.passes.store.chunk_ids
+        return {key: [(ids[row], score) for row, score in scored[:k]] for key, scored in self.passes.initial(questions, k).items()}
+
+
+class Reranked:
+    """S_0's first n_0 chunks reordered by s_i, then the rest of S_0. Scores: 1/rank, as the two parts have no common scale."""
+
+    name = "s0_reranked"
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+
+    def index(self, pool: Pool) -> None:
+        self.passes.check(pool)
+
+    def search(self, questions: Sequence[Question], k: int) -> Rankings:
+        rest, first = self.passes.initial(questions, k), self.passes.context(questions)
+        return {key: _by_rank(_distinct([*first[key], *rest[key]]), self.passes.store, k) for key in rest}
+
+
+class Intra:
+    """INTRA's ranking: the answer set first, then the other chunks by s_i.
+
+    Answer set: the top `answer_size - answer_initial` by s_i, then the top `answer_initial` of S_0, without duplicates, refilled by s_i
+    to `answer_size` (the paper's 4 + 1). Scores: 1/rank of that order; `raw` gives s_i itself.
+    """
+
+    name = "intra"
+
+    def __init__(self, passes: Passes, answer_size: int = 5, answer_initial: int = 1) -> None:
+        self.passes = passes
+        self.answer_size, self.answer_initial = answer_size, answer_initial
+
+    def index(self, pool: Pool) -> None:
+        self.passes.check(pool)
+
+    def search(self, questions: Sequence[Question], k: int) -> Rankings:
+        depth = max(k, self.answer_size)
+        # As deep as S_0's own method will ask for it, so that it is searched once.
+        first = self.passes.initial(questions, depth) if self.answer_initial else {}
+        found = self.passes.intrinsic(questions, depth)
+        rankings = {}
+        for key, scored in found.items():
+            rows = compose([row for row, _ in scored], [row for row, _ in first.get(key, [])], self.answer_size, self.answer_initial)
+            rankings[key] = _by_rank(rows, self.passes.store, k)
+        return rankings
+
+    def raw(self, questions: Sequence[Question], k: int) -> Rankings:
+        """The top k by s_i alone, with s_i as the score (S_INTRA of Eq. 4)."""
+        ids = self.passes.store.chunk_ids
+        return {key: [(ids[row], score) for row, score in scored[:k]] for key, scored in self.passes.intrinsic(questions, k).items()}
+
+
+def methods(passes: Passes, answer_size: int = 5, answer_initial: int = 1) -> list[Method]:
+    return [Intra(passes, answer_size, answer_initial), MaxSim(passes), Reranked(passes)]
+
+
+def compose(intrinsic: Sequence[int], first: Sequence[int], answer_size: int, answer_initial: int) -> list[int]:
+    """INTRA's order of rows from the order by s_i and the order of S_0."""
+    return _distinct([(row, 0.0) for row in [*intrinsic[: answer_size - answer_initial], *first[:answer_initial], *intrinsic]])
+
+
+def _distinct(scored: Sequence[tuple[int, float]]) -> list[int]:
+    return list(dict.fromkeys(row for row, _ in scored))
+
+
+def _by_rank(rows: Sequence[int], store: ChunkStore, k: int) -> Ranking:
+    return [(store.chunk_ids[row], 1.0 / rank) for rank, row in enumerate(rows[:k], start=1)]
+
+
+def _pairs(scores: Tensor, rows: Tensor) -> list[Scored]:
+    return [list(zip(row, score, strict=True)) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
+
+
+def _lacking(known: dict[str, Scored], questions: Sequence[Question], depth: int) -> list[Question]:
+    return [question for question in questions if question.question_id not in known or len(known[question.question_id]) < depth]

@@ -1,0 +1,195 @@
+"""workflows/train.py: its plan, the user's mistakes, and that neither a kill nor the number of workers changes what it makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from intra import cli, lineage, storage
+from intra import config as configuration
+from intra.artifact import Artifact
+from intra.backbone import model
+from intra.config import Config
+from intra.data import schema
+from intra.retrieval.retriever import Retriever
+from intra.store import writer
+from intra.store.format import Shard
+from workflows import train
+
+from ..retrieval import conftest as toy
+
+FILE = Path(train.__file__)
+TRAINING = {
+    "steps": 60, "batch_size": 8, "micro_batch": 2, "warmup_steps": 5, "hard_negatives": 3, "sampled_negatives": 5,
+    "checkpoint_every": 3, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("train") / "model"
+    toy.make_backbone(path)
+    return path
+
+
+def write_config(path: Path, root: Path, backbone: Path, **training: object) -> Config:
+    values = {
+        "root": str(root),
+        "backbone": {"model": str(backbone)},
+        "retriever": {"tokens": 5, "pooled_length": 3, "initial_context": 4, "train": {**TRAINING, **training}},
+        "evaluate": {"k": [5]},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return configuration.load(path)
+
+
+def make_dataset(config: Config) -> list[str]:
+    """The toy world as a dataset artifact; gives its texts."""
+    texts, questions = toy.world()
+    empty = [""] * len(texts)
+    columns = {"chunk_id": [toy.chunk_id(row) for row in range(len(texts))], "title": empty, "text": texts, "source": empty}
+    table = pa.table({**columns, "n_tokens": [1] * len(texts)}, schema=schema.POOL_SCHEMA)
+    artifact = lineage.dataset(config)
+    storage.write_bytes(artifact.path(schema.POOL), schema.to_parquet(table))
+    storage.write_bytes(artifact.path(schema.QUESTIONS), schema.to_parquet(schema.questions_table(questions)))
+    artifact.finish({"pool_sha256": "p", "questions_sha256": "q", "questions": {"toy": {"train": len(questions)}}})
+    return texts
+
+
+def make_store(config: Config, texts: list[str]) -> None:
+    backbone, artifact = model.load(config.backbone.model, device="cpu"), lineage.store(config)
+    ids = backbone.tokenize(texts)
+    states, pooled = writer.encode(backbone, ids, 3, 512, torch.bfloat16)
+    shard = Shard(0, 0, len(texts))
+    commit = writer.write_shard(artifact, shard, [len(item) for item in ids], states, pooled)
+    writer.finish(
+        artifact, [toy.chunk_id(row) for row in range(len(texts))], [shard], {0: commit}, {}, backbone="b",
+        hidden_size=backbone.hidden_size, pooled_length=3, dtype="bfloat16", threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, backbone: Path) -> Callable[..., tuple[Path, Config]]:
+    """A configuration file whose dataset and store are made."""
+
+    def make(name: str, **training: object) -> tuple[Path, Config]:
+        file = tmp_path / f"{name}.yaml"
+        config = write_config(file, tmp_path / name, backbone, **training)
+        make_store(config, make_dataset(config))
+        return file, config
+
+    return make
+
+
+def start(file: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(FILE), "--config", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def contents(artifact: Artifact) -> dict[str, bytes]:
+    return {name: storage.read_bytes(artifact.path(name)) for name in storage.files(artifact.url)}
+
+
+def test_killed_and_run_again_with_two_workers_gives_the_bytes_of_one(prepared: Callable[..., tuple[Path, Config]]) -> None:
+    file, config = prepared("whole")
+    whole = start(file)
+    killed_file, killed_config = prepared("killed", workers=2)
+    output, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    artifact = lineage.retriever(config)
+    assert output.splitlines()[-1] == artifact.url
+
+    other = lineage.retriever(killed_config)
+    checkpoints = storage.join(f"{other.url}.training", "checkpoints")
+    victim = start(killed_file)
+    while victim.poll() is None and not storage.names(checkpoints):
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    assert not other.complete()
+    assert [name for name in storage.names(checkpoints) if name.endswith(".safetensors")]
+    again = start(killed_file)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+
+    one, two = contents(artifact), contents(other)
+    assert one.keys() == two.keys()
+    differ = {name for name in one if one[name] != two[name]}
+    assert differ <= {"config.json"}  # it names the root and the workers
+    assert json.loads(one["config.json"])["run"]["retriever"]["tokens"] == 5
+    assert not storage.names(f"{artifact.url}.training")
+
+    curve = pq.read_table(pa.BufferReader(one["curve.parquet"]))
+    assert curve["step"].to_pylist() == list(range(1, 61))
+    retriever = Retriever.from_pretrained(artifact.url)
+    assert retriever.settings.backbone == lineage.backbone(config).fingerprint
+    assert retriever.settings.store == lineage.store(config).fingerprint
+    assert train.plan(config)[0].startswith(f"train: retriever {artifact.url} is complete")
+
+
+def test_a_complete_retriever_is_not_made_again(prepared: Callable[..., tuple[Path, Config]], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = prepared("done")
+    lineage.retriever(config).finish({})
+    monkeypatch.setattr(train, "_make", lambda *_: pytest.fail("made again"))
+    assert train.run(config) == lineage.retriever(config).url
+
+
+def test_plan_says_what_is_missing_and_how_large_it_gets(
+    tmp_path: Path, backbone: Path, prepared: Callable[..., tuple[Path, Config]]
+) -> None:
+    config = write_config(tmp_path / "empty.yaml", tmp_path / "empty", backbone)
+    assert train.plan(config) == [f"train: waits for the dataset {lineage.dataset(config).url} (workflows/prepare.py)"]
+    make_dataset(config)
+    assert train.plan(config) == [f"train: waits for the store {lineage.store(config).url} (workflows/encode.py)"]
+    _, config = prepared("ready")
+    (line,) = train.plan(config)
+    assert "5 tokens x 32 + 2 layers x 4 heads = 168 parameters; 60 steps of 8 of 30 questions; 0 steps are done" in line
+    assert not Path(lineage.retriever(config).url).exists()
+
+
+def mistake(config_file: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    assert cli.main(train.__doc__, train.plan, train.run, ["--config", str(config_file), *overrides]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_an_incomplete_store_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, config = prepared("incomplete")
+    storage.remove(lineage.store(config).path("manifest.json"))
+    error = mistake(file, capsys)
+    assert f"store {lineage.store(config).url} is incomplete" in error
+    assert "run workflows/encode.py" in error
+    assert not Path(lineage.retriever(config).url).exists()
+
+
+def test_a_gpu_that_no_worker_asks_for_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, _ = prepared("gpu")
+    assert "retriever.train.gpus_per_worker is 0" in mistake(file, capsys, "backbone.device=cuda")
+
+
+def test_gold_outside_the_store_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, config = prepared("gold")
+    question = schema.Question("q99", "toy", "train", "who ?", ("x",), (("c999",),), 1, "single")
+    table = schema.questions_table([question])
+    storage.write_bytes(lineage.dataset(config).path(schema.QUESTIONS), schema.to_parquet(table))
+    assert "question q99: gold chunk 'c999' is not in the chunk store" in mistake(file, capsys)
+
+
+def test_no_training_questions_are_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, config = prepared("none")
+    storage.write_bytes(lineage.dataset(config).path(schema.QUESTIONS), schema.to_parquet(schema.questions_table([])))
+    assert "holds no training questions" in mistake(file, capsys)

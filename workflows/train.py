@@ -1,0 +1,288 @@
+"""Trains the retriever with Ray Train: retrieval tokens and layer weights, against the frozen backbone and the chunk store.
+
+    python workflows/train.py --config configs/quickstart.yaml [section.key=value ...] [--dry-run]
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/train.py --config configs/paper.yaml root=s3://bucket/run
+
+Needs the dataset (workflows/prepare.py) and the store (workflows/encode.py). Makes <root>/retriever/<fingerprint>/: model.safetensors,
+config.json, README.md, curve.parquet, initial/ (S_0 of the training questions) and, last, manifest.json. Cut off at any point, the same
+command goes on from the last checkpoint, to the same bytes; they do not depend on `retriever.train.workers`. Checkpoints lie beside the
+artifact, in <root>/retriever/<fingerprint>.training, until it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from intra import cli, cluster, lineage, storage, tracking
+from intra.artifact import Artifact
+from intra.config import Config
+from intra.errors import UserError, WorkflowError
+
+CURVE = "curve.parquet"
+INITIAL = "initial"
+POLL = 2.0  # seconds between two looks at the checkpoints, for the progress bar
+
+
+def plan(config: Config) -> list[str]:
+    """What exists and what will be made. Makes nothing."""
+    for earlier in (lineage.dataset, lineage.backbone, lineage.store):
+        if earlier is lineage.backbone and not config.backbone.train:
+            continue
+        artifact = earlier(config)
+        if not artifact.complete():
+            return [f"train: waits for the {artifact.kind} {artifact.url} (workflows/{artifact.made_by}.py)"]
+    artifact, settings = lineage.retriever(config), config.retriever
+    layers, heads, hidden_size = _shape(config)
+    questions = sum(splits.get("train", 0) for splits in lineage.dataset(config).manifest()["questions"].values())
+    size = (
+        f"{settings.tokens} tokens x {hidden_size} + {layers} layers x {heads} heads = {settings.tokens * hidden_size + layers * heads:,} "
+        f"parameters; {settings.train.steps:,} steps of {settings.train.batch_size} of {questions:,} questions"
+    )
+    if artifact.complete():
+        return [f"train: retriever {artifact.url} is complete ({size})"]
+    names = [name for name in storage.names(_checkpoints(artifact)) if name.endswith(".safetensors")]
+    done = int(names[-1].removesuffix(".safetensors")) if names else 0
+    return [f"train: retriever {artifact.url}: {size}; {done:,} steps are done; {settings.train.workers} workers"]
+
+
+def run(config: Config) -> str:
+    """Makes the retriever where it is not complete. Returns its URL."""
+    artifact = lineage.retriever(config)
+    if artifact.complete():
+        return artifact.url
+    device = _device(config)
+    _check_questions(config)
+    with tracking.step(config, "train", artifact) as step:
+        _make(config, artifact, device, step)
+    return artifact.url
+
+
+# -- on the driver ----------------------------------------------------------------------------------------------------
+
+
+def _make(config: Config, artifact: Artifact, device: str, step: tracking.Run) -> None:
+    dataset, store = lineage.dataset(config), lineage.store(config)
+    step.log_input("questions", dataset.manifest()["questions_sha256"], dataset.url)
+    step.log_input("store", store.fingerprint, store.url)
+    started = time.monotonic()
+    # A trained backbone is an artifact below the root; any other is found by each machine for itself.
+    model = (lineage.backbone(config).url, None) if config.backbone.train else (config.backbone.model, config.backbone.revision)
+    _fit(
+        config,
+        artifact,
+        {
+            "config": config.model_dump(),
+            "dataset": dataset.url,
+            "store": store.url,
+            "backbone": [*model, lineage.backbone(config).fingerprint, device],
+            "store_fingerprint": store.fingerprint,
+            "artifact": artifact.url,
+            "checkpoints": _checkpoints(artifact),
+            "tracking": [step.uri, step.run_id],
+        },
+    )
+    from intra.retrieval.retriever import MODEL, Retriever
+
+    retriever = Retriever.from_pretrained(artifact.url)
+    last = _last(artifact)
+    model_bytes = storage.read_bytes(artifact.path(MODEL))
+    step.log_artifact(model_bytes, MODEL)
+    step.log_metrics({"seconds": time.monotonic() - started})
+    artifact.finish(
+        {
+            "backbone": retriever.settings.backbone,
+            "store": store.fingerprint,
+            "steps": config.retriever.train.steps,
+            "parameters": sum(parameter.numel() for parameter in retriever.parameters()),
+            "sha256": hashlib.sha256(model_bytes).hexdigest(),
+            **last,
+        }
+    )
+    storage.remove(_training(artifact))
+
+
+def _fit(config: Config, artifact: Artifact, settings: dict[str, Any]) -> None:
+    """Trains on the cluster. Raises WorkflowError where the workers failed."""
+    cluster.connect(config)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    recipe = config.retriever.train
+    on_gpu = recipe.gpus_per_worker > 0
+    resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=RunConfig(name="ray", storage_path=_training(artifact), failure_config=FailureConfig(max_failures=2)),
+    )
+    try:
+        with _progress(config, artifact):
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise WorkflowError(f"train {artifact.url}: {' '.join(str(error).split())[:600]}; the same command goes on from the last "
+                            "checkpoint") from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _progress(config: Config, artifact: Artifact) -> Iterator[None]:
+    """On a terminal, a bar of the steps that stand in checkpoints: the workers' own output does not come here."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        with tqdm(total=config.retriever.train.steps, desc="train", unit="step") as bar:
+            while not over.wait(POLL):
+                for name in storage.names(_checkpoints(artifact)):
+                    if name.endswith(".safetensors"):
+                        bar.update(max(0, int(name.removesuffix(".safetensors")) - bar.n))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _check_questions(config: Config) -> None:
+    """Raises UserError where the store does not hold the training questions' gold, or there is no training question."""
+    from intra.data.schema import read_questions
+    from intra.retrieval import negatives
+    from intra.store.reader import ChunkStore
+
+    dataset = lineage.dataset(config)
+    questions = read_questions(dataset.url, "train")
+    row_of = ChunkStore(lineage.store(config).url).row_of
+    if not questions:
+        raise UserError(f"dataset {dataset.url} holds no training questions; check data.train_split and run workflows/prepare.py")
+    for question in questions:
+        negatives.example(question, row_of, [], 0, 0)
+
+
+def _device(config: Config) -> str:
+    """Where the workers compute. Ray hides the GPUs from a worker that asks for none: never let that decide in silence."""
+    device = config.backbone.device
+    if config.retriever.train.gpus_per_worker > 0:
+        return device
+    if device not in ("auto", "cpu"):
+        raise UserError(f"backbone.device={device}, but retriever.train.gpus_per_worker is 0; set it to 1, or set backbone.device=cpu")
+    return "cpu"
+
+
+def _training(artifact: Artifact) -> str:
+    return f"{artifact.url}.training"
+
+
+def _checkpoints(artifact: Artifact) -> str:
+    return storage.join(_training(artifact), "checkpoints")
+
+
+def _shape(config: Config) -> tuple[int, int, int]:
+    """The decoder's layers, query heads and hidden size."""
+    if lineage.from_scratch(config):
+        size = config.backbone.architecture
+        return size.decoder_layers, size.heads, size.hidden_size
+    decoder = storage.read_json(lineage.backbone(config).path("config.json"))["decoder"]
+    return decoder["num_hidden_layers"], decoder["num_attention_heads"], decoder["hidden_size"]
+
+
+def _last(artifact: Artifact) -> dict[str, float]:
+    """Loss and recall of the last tenth of the steps."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    curve = pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(CURVE))))
+    tail = curve.slice(curve.num_rows - max(1, curve.num_rows // 10))
+    return {name: sum(tail[name].to_pylist()) / tail.num_rows for name in ("loss", "recall")}
+
+
+# -- on a worker ------------------------------------------------------------------------------------------------------
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One training process. What it computes depends on the configuration, the artifacts and the checkpoint alone."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    from intra.backbone import model
+    from intra.config import parse
+    from intra.data.schema import read_questions, to_parquet
+    from intra.retrieval import negatives, training
+    from intra.retrieval.retriever import RetrieverSettings
+    from intra.store.reader import ChunkStore
+
+    config = parse(settings["config"])
+    recipe = config.retriever.train
+    torch.set_num_threads(recipe.threads)
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    name, revision, fingerprint, device = settings["backbone"]
+    backbone = model.load(name, revision, dtype=config.backbone.dtype, device=device, prompt=config.backbone.prompt)
+    store = ChunkStore(settings["store"])
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        sent = mine.to(backbone.device)
+        everyone = [torch.empty_like(sent) for _ in range(size)]
+        dist.all_gather(everyone, sent)
+        return torch.cat(everyone).cpu()
+
+    workers = training.Workers(rank, size, gather, dist.barrier) if size > 1 else training.Workers()
+    questions = read_questions(settings["dataset"], "train")
+    rows = training.initial_rows(
+        backbone, store, questions, negatives.depth(questions, config.retriever.initial_context, recipe.hard_negatives),
+        config.retriever.initial_scoring, config.retriever.tile_chunks, storage.join(settings["artifact"], INITIAL), workers,
+    )  # fmt: skip
+    examples = [
+        negatives.example(question, store.row_of, mine, config.retriever.initial_context, recipe.hard_negatives)
+        for question, mine in zip(questions, rows, strict=True)
+    ]
+    shape = RetrieverSettings(
+        tokens=config.retriever.tokens,
+        layers=backbone.layers,
+        heads=backbone.heads,
+        hidden_size=backbone.hidden_size,
+        pooled_length=config.retriever.pooled_length,
+        initial_context=config.retriever.initial_context,
+        initial_scoring=config.retriever.initial_scoring,
+        scoring=config.retriever.scoring,
+        backbone=fingerprint,
+        store=settings["store_fingerprint"],
+    )
+    trainer = training.Trainer(
+        backbone, store, training.start(backbone, store, shape, examples, config.seed), examples, recipe, config.seed, workers
+    )
+    log = tracking.attach(*settings["tracking"]) if rank == 0 else None
+    logged = 0
+
+    def after(trainer: training.Trainer) -> None:
+        nonlocal logged
+        if log is not None:
+            means = trainer.curve[logged : trainer.done].mean(dim=0).tolist()
+            log.log_metrics(dict(zip(training.COLUMNS, means, strict=True)), trainer.done)
+        logged = trainer.done
+
+    training.resume(trainer, settings["checkpoints"])
+    logged = trainer.done
+    training.train(trainer, settings["checkpoints"], after)
+    if rank == 0:
+        trainer.retriever.save_pretrained(settings["artifact"], run=tracking.resolved(config))
+        storage.write_bytes(storage.join(settings["artifact"], CURVE), to_parquet(training.curve_table(trainer)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(__doc__, plan, run))
