@@ -1,0 +1,1 @@
+"""The methods INTRA is compared with: lexical search, chance, and the oracle."""

@@ -1,0 +1,86 @@
+"""BM25 (bm25s) and TF-IDF (scikit-learn) over title and text, with the libraries' own defaults.
+
+Both score the whole pool per question. Rows of the pool are in id order, so a tie goes to the lower row; where fewer than k
+chunks share a word with the question, the rest of the ranking is chunks of score zero in id order.
+Memory: the sparse index, and one (BM25) or 16 (TF-IDF) dense float32 rows of the pool's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from intra.data.schema import Pool, Question
+from intra.errors import UserError
+from intra.method import Ranking, Rankings
+
+_QUESTIONS_AT_ONCE = 16
+
+
+class BM25:
+    """Lucene's BM25 with k1 1.5, b 0.75 and English stop words: the defaults of bm25s."""
+
+    name = "bm25"
+
+    def index(self, pool: Pool) -> None:
+        import bm25s
+
+        self._ids = pool.chunk_ids
+        self._index = bm25s.BM25()
+        tokens = bm25s.tokenize(pool.title_and_text(), stopwords="english", show_progress=False)
+        if not tokens.vocab:
+            raise UserError("bm25: no chunk of the pool holds a word that is not a stop word; take bm25 out of evaluate.methods")
+        self._index.index(tokens, show_progress=False)
+
+    def search(self, questions: Sequence[Question], k: int) -> Rankings:
+        import bm25s
+
+        texts = [question.question for question in questions]
+        words = bm25s.tokenize(texts, stopwords="english", return_ids=False, show_progress=False) if texts else []
+        rankings = {}
+        for question, terms in zip(tqdm(questions, desc=self.name, unit="question", disable=None), words, strict=True):
+            known = [term for term in terms if term in self._index.vocab_dict]
+            scores = self._index.get_scores(known) if known else np.zeros(len(self._ids), np.float32)
+            rankings[question.question_id] = best(self._ids, scores, k)
+        return rankings
+
+
+class TfIdf:
+    """Cosine of TF-IDF vectors with sublinear term frequencies and scikit-learn's English stop words."""
+
+    name = "tfidf"
+
+    def index(self, pool: Pool) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self._ids = pool.chunk_ids
+        self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, stop_words="english", dtype=np.float32)
+        try:
+            self._matrix: Any = self._vectorizer.fit_transform(pool.title_and_text()).T.tocsr()  # [words, chunks]
+        except ValueError as error:
+            raise UserError(f"tfidf: {error}; take tfidf out of evaluate.methods") from error
+
+    def search(self, questions: Sequence[Question], k: int) -> Rankings:
+        rankings = {}
+        for start in tqdm(range(0, len(questions), _QUESTIONS_AT_ONCE), desc=self.name, unit="batch", disable=None):
+            batch = questions[start : start + _QUESTIONS_AT_ONCE]
+            scores = (self._vectorizer.transform([question.question for question in batch]) @ self._matrix).toarray()
+            for question, row in zip(batch, scores, strict=True):
+                rankings[question.question_id] = best(self._ids, row, k)
+        return rankings
+
+
+def best(ids: Sequence[str], scores: NDArray[Any], k: int) -> Ranking:
+    """The k best of scores [N], ids in ascending order: by (-score, id), all of the pool where it is smaller than k."""
+    k = min(k, len(ids))
+    if k == 0:
+        return []
+    last = np.partition(scores, len(ids) - k)[len(ids) - k]  # the k-th best score
+    above = np.flatnonzero(scores > last)
+    rows = np.concatenate([above, np.flatnonzero(scores == last)[: k - len(above)]])
+    rows = rows[np.lexsort((rows, -scores[rows]))]
+    return [(ids[row], float(scores[row])) for row in rows]

@@ -1,0 +1,1 @@
+"""How good a ranking and an answer are: metrics, intervals, answers, results and the report."""

@@ -1,0 +1,174 @@
+"""The results of a run: flat records with intervals, run files, per-question tables, the table for the terminal.
+
+A record is {method, benchmark, metric, value, low, high, n}: the mean of a metric over n questions and its 95 % interval, for a
+whole benchmark and for each question type as `benchmark/type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+
+from intra.data.schema import Question
+from intra.evaluation import metrics
+from intra.evaluation.intervals import bootstrap
+from intra.method import Ranking, Rankings
+
+Record = dict[str, Any]
+
+RANKINGS_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("ids", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),
+        ("answer", pa.string()),
+    ]
+)
+
+
+@dataclass
+class Outcome:
+    """What one method gave: its rankings, and its answers where they were asked for, by question_id."""
+
+    method: str
+    rankings: Rankings
+    answers: dict[str, str] = field(default_factory=dict)
+
+    def table(self, questions: Sequence[Question]) -> pa.Table:
+        """RANKINGS_SCHEMA, a row per question."""
+        ids = [question.question_id for question in questions]
+        rankings = [self.rankings[question_id] for question_id in ids]
+        columns = {
+            "question_id": ids,
+            "ids": [[chunk for chunk, _ in ranking] for ranking in rankings],
+            "scores": [[score for _, score in ranking] for ranking in rankings],
+            "answer": [self.answers.get(question_id) for question_id in ids],
+        }
+        return pa.table(columns, schema=RANKINGS_SCHEMA)
+
+    @classmethod
+    def from_table(cls, method: str, table: pa.Table) -> Outcome:
+        rows = table.to_pylist()
+        return cls(
+            method,
+            {row["question_id"]: list(zip(row["ids"], row["scores"], strict=True)) for row in rows},
+            {row["question_id"]: row["answer"] for row in rows if row["answer"] is not None},
+        )
+
+    def values(self, questions: Sequence[Question], ks: Sequence[int]) -> dict[str, metrics.Values]:
+        """Every metric of every question, by question_id."""
+        values = metrics.retrieval(questions, self.rankings, ks)
+        if self.answers:
+            for question_id, answer in metrics.answers(questions, self.answers).items():
+                values[question_id] |= answer
+        return values
+
+
+def records(method: str, questions: Sequence[Question], values: Mapping[str, metrics.Values], resamples: int, seed: int) -> list[Record]:
+    """The records of one method, benchmark by benchmark and type by type, in order of their names."""
+    slices: dict[str, list[str]] = {}
+    for question in questions:
+        slices.setdefault(question.benchmark, []).append(question.question_id)
+        if question.type:
+            slices.setdefault(f"{question.benchmark}/{question.type}", []).append(question.question_id)
+    result = []
+    for name, question_ids in sorted(slices.items()):
+        rows = [values[question_id] for question_id in question_ids]
+        columns = list(rows[0])
+        matrix = np.array([[row[column] for column in columns] for row in rows])
+        low, high = bootstrap(matrix, resamples, seed)
+        for column, value, lower, upper in zip(columns, matrix.mean(axis=0), low, high, strict=True):
+            result.append({"method": method, "benchmark": name, "metric": column, "value": float(value), "low": float(lower),
+                           "high": float(upper), "n": len(rows)})  # fmt: skip
+    return result
+
+
+def per_question(outcomes: Sequence[tuple[Outcome, Mapping[str, metrics.Values]]], questions: Sequence[Question]) -> pa.Table:
+    """A row per method and question: question, gold, ranked ids and scores, accepted and given answers, every metric."""
+    rows = []
+    for outcome, values in outcomes:
+        for question in questions:
+            ranking = outcome.rankings[question.question_id]
+            rows.append(
+                {
+                    "method": outcome.method,
+                    "question_id": question.question_id,
+                    "benchmark": question.benchmark,
+                    "type": question.type,
+                    "question": question.question,
+                    "gold": [list(group) for group in question.gold],
+                    "ids": [chunk for chunk, _ in ranking],
+                    "scores": [score for _, score in ranking],
+                    "answers": list(question.answers),
+                    "answer": outcome.answers.get(question.question_id),
+                    **values[question.question_id],
+                }
+            )
+    measured = [(name, pa.float64()) for name in outcomes[0][1][questions[0].question_id]]
+    text, texts = pa.string(), pa.list_(pa.string())
+    fixed = [("method", text), ("question_id", text), ("benchmark", text), ("type", text), ("question", text), ("gold", pa.list_(texts)),
+             ("ids", texts), ("scores", pa.list_(pa.float64())), ("answers", texts), ("answer", text)]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=pa.schema([*fixed, *measured]))
+
+
+def trec(method: str, rankings: Mapping[str, Ranking], questions: Sequence[Question]) -> str:
+    """A TREC run file. White space inside an id would break its columns and is written as in a URL (%20)."""
+    lines = []
+    for question in questions:
+        for rank, (chunk_id, score) in enumerate(rankings[question.question_id], start=1):
+            lines.append(f"{_column(question.question_id)} Q0 {_column(chunk_id)} {rank} {score!r} {method}\n")
+    return "".join(lines)
+
+
+def _column(text: str) -> str:
+    return "".join(quote(character) if character.isspace() or character == "%" else character for character in text)
+
+
+def find(found: Sequence[Record], benchmark: str, method: str, metric: str) -> Record | None:
+    return next((r for r in found if (r["benchmark"], r["method"], r["metric"]) == (benchmark, method, metric)), None)
+
+
+def whole(found: Sequence[Record]) -> list[str]:
+    """The benchmarks (not their question types), in order of appearance."""
+    names = list(dict.fromkeys(record["benchmark"] for record in found))
+    return [name for name in names if not any(name.startswith(f"{other}/") for other in names)]
+
+
+def shown(found: Sequence[Record]) -> list[str]:
+    """The metrics of the main table: complete-evidence recall, then em and f1 where answers were read."""
+    present = dict.fromkeys(record["metric"] for record in found)
+    return [name for name in present if name.startswith("complete_recall_at_")] + [name for name in ("em", "f1") if name in present]
+
+
+def title(metric: str) -> str:
+    """complete_recall_at_5 -> 'complete R@5', em -> 'EM'."""
+    kind, _, k = metric.rpartition("_at_")
+    if not kind:
+        return metric.upper()
+    kind = {"complete_recall": "complete R", "ndcg": "nDCG"}.get(kind, kind)
+    return f"{kind}@{k}"
+
+
+def text_table(found: Sequence[Record]) -> str:
+    """Method by benchmark, with 95 % intervals, for the terminal."""
+    columns = shown(found)
+    lines = [["benchmark", "method", "n", *(title(metric) for metric in columns)]]
+    for benchmark in whole(found):
+        for method in dict.fromkeys(record["method"] for record in found):
+            cells = [find(found, benchmark, method, metric) for metric in columns]
+            first = next((cell for cell in cells if cell), None)
+            if first:
+                lines.append([benchmark, method, str(first["n"]), *(interval(cell) if cell else "" for cell in cells)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(["complete R@k: all gold evidence in the top k; [95 % interval]", rows[0], rule, *rows[1:]])
+
+
+def interval(record: Record) -> str:
+    return f"{record['value']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"

@@ -1,0 +1,63 @@
+"""Everything in order: prepare, warmstart, encode, train, evaluate. What is complete is skipped.
+
+    python workflows/nightly.py --config configs/quickstart.yaml
+    python workflows/nightly.py --config configs/real.yaml data.path=FOLDER
+    python workflows/nightly.py --config configs/quickstart.yaml --dry-run                  # what exists, what will be made
+    ray job submit --working-dir . -- python workflows/nightly.py --config configs/paper.yaml root=s3://bucket/run
+
+One MLflow run, with the run of each step below it. Prints evaluate's table, and the path of results.json as its last line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from intra import cli, lineage, tracking
+from intra.artifact import Artifact
+from intra.config import Config
+from intra.evaluation import run as evaluation
+
+STEPS: dict[str, Callable[[Config], Artifact]] = {
+    "prepare": lineage.dataset,
+    "warmstart": lineage.backbone,
+    "encode": lineage.store,
+    "train": lineage.retriever,
+    "evaluate": lineage.results,
+}
+
+
+def steps(config: Config) -> list[str]:
+    """The steps this configuration has: a warm start only where it trains a backbone."""
+    return [name for name in STEPS if name != "warmstart" or config.backbone.train]
+
+
+def first_open(config: Config) -> int:
+    """The index in `steps` of the first step whose artifact is not complete; their number where all are."""
+    # A step's fingerprint is known once its predecessor is made: so one after the other, up to the first that is open.
+    names = steps(config)
+    return next((index for index, name in enumerate(names) if not STEPS[name](config).complete()), len(names))
+
+
+def plan(config: Config) -> list[str]:
+    """The plans of all steps, in order. Makes nothing."""
+    return [line for name in STEPS for line in importlib.import_module(f"workflows.{name}").plan(config)]
+
+
+def run(config: Config) -> str:
+    """Makes what is not complete, in order. Returns the place of results.json."""
+    names, start = steps(config), first_open(config)
+    for name in names[:start]:
+        print(f"{name}: complete", file=sys.stderr)
+    if start == len(names):
+        return evaluation.publish(config, lineage.results(config))
+    with tracking.step(config, "nightly"):
+        for name in names[start:]:
+            print(f"{name} ...", file=sys.stderr)
+            result = importlib.import_module(f"workflows.{name}").run(config)
+    return str(result)  # evaluate's
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(__doc__, plan, run))
