@@ -19,6 +19,8 @@ def test_round_trip_and_listing(root: str) -> None:
     assert storage.read_ranges([(storage.join(root, "a", "one"), 2, 5), (storage.join(root, "a", "one"), 0, 1)]) == [b"234", b"0"]
     assert storage.names(storage.join(root, "a")) == ["b", "one"]
     assert storage.files(root) == ["a/b/two.json", "a/one"]
+    assert storage.sizes(storage.join(root, "a")) == {"one": 10}
+    assert storage.sizes(storage.join(root, "absent")) == {}
     assert storage.size(storage.join(root, "a", "one")) == 10
     assert storage.exists(storage.join(root, "a", "one"))
     assert not storage.exists(storage.join(root, "absent"))

@@ -1,0 +1,188 @@
+"""Packs worlds for the warm start: separately encoded chunks as memory, many questions in one decoder row.
+
+A world is a set of chunks and questions about them. Its chunks are encoded alone, then laid side by side as the memory of one
+row; its questions stand one behind another in that row as *segments*. The masks say what a plain run of the model on each
+question says by itself: a segment sees itself causally, with positions from 0, and the chunks made visible to it. So a
+world's keys and values are made once, not once a question. (T5Gemma 2 takes ready masks by layer type: no patched code.)
+
+Shapes: W worlds, C chunks of all worlds, N tokens of the longest chunk, M tokens of the longest memory, Q tokens of the
+longest row, S retrieval segments, R retrieval positions, K looks, d hidden size, P pooled vectors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is not trained on
+
+
+EARLY, LATE = 0, 1  # halves of the decoder's layers
+
+
+@dataclass
+class Look:
+    """Where a place of a segment should look: tokens of chunks, in the early or the late half of the layers."""
+
+    place: int
+    half: int
+    tokens: list[tuple[int, int]]  # (chunk of the world, token of the chunk)
+
+
+@dataclass
+class Segment:
+    """One question's stretch of the decoder row.
+
+    ids, positions, labels: one entry a token; visible: the chunks of its world it may read, by index. A retrieval
+    segment also has `probes`, the places (in the segment) whose queries retrieve, and `gold`, chunks in hop order. `looks` is
+    what the attention loss supervises.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    labels: list[int]
+    visible: list[int]
+    probes: list[int] = field(default_factory=list)
+    gold: list[int] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+
+
+@dataclass
+class PackedWorld:
+    chunks: list[list[int]]  # encoder token ids
+    segments: list[Segment]
+    kept: list[list[bool]]  # of each chunk's pooled vectors, the ones to score; at least one
+
+
+@dataclass(frozen=True)
+class Batch:
+    chunks: list[list[int]]  # of all worlds
+    gather: Tensor  # long [W, M]: place of each memory token in the flat [C * N] encoder output
+    memory_chunk: Tensor  # long [W, M]: index of the chunk in its world, -1 for padding
+    ids: Tensor  # long [W, Q]
+    positions: Tensor  # long [W, Q]
+    labels: Tensor  # long [W, Q]
+    segment: Tensor  # long [W, Q]: index of the segment in its world, -1 for padding
+    visible: Tensor  # bool [W, segments, chunks of the world]
+    probe_rows: Tensor  # long [S, R]
+    probe_columns: Tensor  # long [S, R]
+    gold: Tensor  # float [S, C]: the share of each chunk among the question's gold
+    first: Tensor  # long [S]: first gold chunk
+    last: Tensor  # long [S]: last gold chunk
+    kept: Tensor  # bool [C, P]: the pooled vectors of each chunk that the retrieval and hop losses score
+    look_row: Tensor  # long [K]
+    look_column: Tensor  # long [K]
+    look_half: Tensor  # long [K]
+    look_target: Tensor  # bool [K, M]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device; token ids stay lists."""
+        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self) if item.name != "chunks"})
+
+
+def answer_segment(prompt: Sequence[int], answer: Sequence[int], visible: Sequence[int]) -> Segment:
+    """Prompt and answer, teacher-forced: the loss stands on the answer's tokens and <eos> only."""
+    ids = [*prompt, *answer[:-1]]
+    return Segment(ids, list(range(len(ids))), [IGNORE] * (len(prompt) - 1) + list(answer), list(visible))
+
+
+def retrieval_segment(prompt: Sequence[int], offsets: Sequence[int], visible: Sequence[int], gold: Sequence[int]) -> Segment:
+    """The prompt and, at the given distances behind it, copies of its last token, which stand for retrieval tokens."""
+    start = len(prompt)
+    ids = [*prompt, *[prompt[-1]] * len(offsets)]
+    positions = [*range(start), *(start + offset for offset in offsets)]
+    return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold))
+
+
+def collate(worlds: Sequence[PackedWorld], pad: int) -> Batch:
+    """One batch of the worlds, padded on the right. Every retrieval segment must have the same number of probes."""
+    chunks = [chunk for world in worlds for chunk in world.chunks]
+    longest = max(len(chunk) for chunk in chunks)
+    gather, memory_chunk, rows = [], [], []
+    probe_rows, probe_columns, golds = [], [], []
+    looks: list[tuple[int, int, int, list[int]]] = []
+    width = max(len(world.chunks) for world in worlds)
+    visible = torch.zeros(len(worlds), max(len(world.segments) for world in worlds), width, dtype=torch.bool)
+    offset = 0
+    for number, world in enumerate(worlds):
+        gather.append([(offset + i) * longest + j for i, chunk in enumerate(world.chunks) for j in range(len(chunk))])
+        memory_chunk.append([i for i, chunk in enumerate(world.chunks) for _ in chunk])
+        starts = list(itertools.accumulate((len(chunk) for chunk in world.chunks), initial=0))
+        row: dict[str, list[int]] = {"ids": [], "positions": [], "labels": [], "segment": []}
+        for index, segment in enumerate(world.segments):
+            start = len(row["ids"])
+            row["ids"] += segment.ids
+            row["positions"] += segment.positions
+            row["labels"] += segment.labels
+            row["segment"] += [index] * len(segment.ids)
+            visible[number, index, segment.visible] = True
+            for look in segment.looks:
+                looks.append((number, start + look.place, look.half, [starts[chunk] + token for chunk, token in look.tokens]))
+            if segment.probes:
+                probe_rows.append([number] * len(segment.probes))
+                probe_columns.append([start + place for place in segment.probes])
+                golds.append([offset + chunk for chunk in segment.gold])
+        rows.append(row)
+        offset += len(world.chunks)
+    gold = torch.zeros(len(golds), len(chunks))
+    for number, group in enumerate(golds):
+        gold[number, group] = 1 / len(group)
+    places = _padded(gather, 0)
+    target = torch.zeros(len(looks), places.shape[1], dtype=torch.bool)
+    for number, look_at in enumerate(looks):
+        target[number, look_at[3]] = True
+    return Batch(
+        chunks=chunks,
+        gather=places,
+        memory_chunk=_padded(memory_chunk, -1),
+        ids=_padded([row["ids"] for row in rows], pad),
+        positions=_padded([row["positions"] for row in rows], 0),
+        labels=_padded([row["labels"] for row in rows], IGNORE),
+        segment=_padded([row["segment"] for row in rows], -1),
+        visible=visible,
+        probe_rows=torch.tensor(probe_rows, dtype=torch.long),
+        probe_columns=torch.tensor(probe_columns, dtype=torch.long),
+        gold=gold,
+        first=torch.tensor([group[0] for group in golds], dtype=torch.long),
+        last=torch.tensor([group[-1] for group in golds], dtype=torch.long),
+        look_row=torch.tensor([item[0] for item in looks], dtype=torch.long),
+        look_column=torch.tensor([item[1] for item in looks], dtype=torch.long),
+        look_half=torch.tensor([item[2] for item in looks], dtype=torch.long),
+        look_target=target,
+        kept=torch.tensor([row for world in worlds for row in world.kept], dtype=torch.bool),
+    )
+
+
+def masks(batch: Batch, window: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The decoder's self and cross masks by layer type, True where a query may look: bool [W, 1, Q, Q] and [W, 1, Q, M].
+
+    Padding sees itself (an empty row of a softmax is not a number) and no memory; what it yields is not read.
+    """
+    same = batch.segment[:, :, None] == batch.segment[:, None, :]
+    distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+    columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    full = (same & (columns[:, None] >= columns[None, :]))[:, None]
+    sliding = full & (distance < window)[:, None]
+    worlds = torch.arange(len(batch.ids), device=batch.ids.device)[:, None, None]
+    seen = batch.visible[worlds, batch.segment.clamp(min=0)[:, :, None], batch.memory_chunk.clamp(min=0)[:, None, :]]
+    cross = (seen & (batch.segment >= 0)[:, :, None] & (batch.memory_chunk >= 0)[:, None, :])[:, None]
+    return {"full_attention": full, "sliding_attention": sliding}, {"full_attention": cross}
+
+
+def pooled(states: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """`intra.backbone.model.pool` of padded states, with its gradient: Tensor[C, N, d], long [C] -> Tensor[C, count, d]."""
+    places = torch.arange(count + 1, device=states.device)
+    bounds = places[None, :] * lengths[:, None] // count
+    start, end = bounds[:, :-1], torch.maximum(bounds[:, 1:], bounds[:, :-1] + 1)
+    tokens = torch.arange(states.shape[1], device=states.device)
+    inside = (tokens >= start[..., None]) & (tokens < end[..., None])
+    return (inside / (end - start)[..., None]).to(states) @ states
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from intra import storage
+from intra.backbone.model import pool
+from intra.errors import UserError, WorkflowError
+from intra.store.format import POOLED as POOLED_FOLDER
+from intra.store.format import STATES, path
+from intra.store.reader import ChunkStore
+
+from .conftest import POOLED, WIDTH, Made, write
+
+
+def test_shape_and_rows(made: Made) -> None:
+    store = ChunkStore(made.url)
+    assert (len(store), store.hidden_size, store.pooled_length) == (23, WIDTH, POOLED)
+    assert store.chunk_ids == made.chunk_ids
+    assert store.row_of["c017"] == 17
+    assert store.manifest["tokens"] == sum(map(len, made.ids))
+
+
+def test_states_come_back_as_encoded_in_the_order_asked_for(made: Made) -> None:
+    store = ChunkStore(made.url)
+    asked = ["c022", "c000", "c011", "c000", "c004", "c005"]  # a repeated one, and both sides of a shard's end
+    found = store.states(asked)
+    assert all(states.dtype == torch.float32 for states in found)
+    for chunk_id, states in zip(asked, found, strict=True):
+        assert torch.equal(states, made.states[int(chunk_id[1:])])
+    assert store.states([]) == []
+
+
+def test_bfloat16_rounds_once(root: str) -> None:
+    made = write(root, dtype="bfloat16")
+    store = ChunkStore(made.url)
+    for states, expected in zip(store.states(made.chunk_ids), made.states, strict=True):
+        assert torch.equal(states, expected.bfloat16().float())
+
+
+def test_pooled_by_row_and_by_id(made: Made) -> None:
+    store = ChunkStore(made.url)
+    everything = torch.stack([pool(states, POOLED) for states in made.states])
+    assert torch.equal(store.pooled([9, 0, 22, 9]), everything[[9, 0, 22, 9]])
+    assert torch.equal(store.pooled(["c009", "c001"]), everything[[9, 1]])
+    assert store.pooled([]).shape == (0, POOLED, WIDTH)
+    with pytest.raises(ValueError, match="row 23 of 23"):
+        store.pooled([23])
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 7, 23, 100])
+def test_tiles_are_all_pooled_vectors_in_row_order(made: Made, size: int) -> None:
+    store = ChunkStore(made.url)
+    tiles = list(store.tiles(size))
+    assert [first for first, _ in tiles] == list(range(0, 23, size))
+    assert all(len(tile) == size for _, tile in tiles[:-1])
+    assert torch.equal(torch.cat([tile for _, tile in tiles]), store.pooled(range(23)))
+
+
+def test_tiles_may_be_left_early(made: Made) -> None:
+    first, tile = next(store_tiles := ChunkStore(made.url).tiles(4))
+    store_tiles.close()  # type: ignore[attr-defined]
+    assert (first, len(tile)) == (0, 4)
+
+
+def test_whitening_is_that_of_all_pooled_vectors(made: Made) -> None:
+    store = ChunkStore(made.url)
+    mean, matrix = store.whitening()
+    vectors = store.pooled(range(23)).view(-1, WIDTH)
+    torch.testing.assert_close(mean, vectors.mean(0))
+    covariance = torch.cov(vectors.T, correction=0)
+    torch.testing.assert_close(matrix @ covariance @ matrix, torch.eye(WIDTH), atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_ids_are_named(made: Made) -> None:
+    with pytest.raises(UserError, match=r"holds no chunk 'x1' \(2 unknown ids in all\)"):
+        ChunkStore(made.url).states(["c001", "x1", "x2"])
+
+
+def test_missing_and_incomplete_stores_are_refused(made: Made) -> None:
+    with pytest.raises(UserError, match=r"store .*/elsewhere is missing .* run workflows/encode.py"):
+        ChunkStore(f"{made.url}/elsewhere")
+    storage.remove(made.artifact.path("manifest.json"))
+    with pytest.raises(UserError, match=r"store .* is incomplete .* run workflows/encode.py"):
+        ChunkStore(made.url)
+
+
+@pytest.mark.parametrize("folder", [STATES, POOLED_FOLDER])
+def test_a_cut_or_missing_shard_is_named(made: Made, folder: str) -> None:
+    store = ChunkStore(made.url)
+
+    def read() -> object:
+        return store.states(["c000", "c009"]) if folder == STATES else store.pooled([0, 9])  # of shards 0 and 1
+
+    place = path(made.url, folder, 1)
+    whole = storage.read_bytes(place)
+    storage.write_bytes(place, whole[:-1])
+    with pytest.raises(WorkflowError, match=f"{folder}/00001.safetensors .*cut off"):
+        read()
+    storage.write_bytes(place, whole[:100])
+    with pytest.raises(WorkflowError, match=f"{folder}/00001.safetensors is cut off"):
+        read()
+    storage.remove(place)
+    with pytest.raises(WorkflowError, match=f"{folder}/00001.safetensors is missing"):
+        read()
+
+
+def test_verify_finds_one_changed_bit(made: Made) -> None:
+    store = ChunkStore(made.url)
+    store.verify()
+    place = path(made.url, STATES, 4)
+    data = bytearray(storage.read_bytes(place))
+    data[-3] ^= 1
+    storage.write_bytes(place, bytes(data))
+    with pytest.raises(WorkflowError, match=r"states/00004\.safetensors differs"):
+        store.verify()
+
+
+def test_a_relative_path_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(write(str(tmp_path)).url)
+    monkeypatch.chdir(folder.parent)
+    store = ChunkStore(folder.name)
+    monkeypatch.chdir("/")
+    assert len(store.states(["c001"])) == 1

@@ -1,0 +1,76 @@
+"""How a workflow finds its cluster, and how a stage's failure reaches the driver. Without a running Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from intra import cluster
+from intra.config import Config
+from intra.errors import UserError, WorkflowError
+
+from .conftest import free_port
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(WorkflowError, match=f"the cluster at RAY_ADDRESS={address} cannot be reached"):
+        cluster.connect()
+
+
+def test_the_address_of_a_job_server_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(UserError, match="ray job submit"):
+        cluster.connect()
+
+
+def test_logical_cpus_leave_some_to_spare() -> None:
+    config = Config.model_validate({"root": "r", "store": {"workers": 50, "threads": 3}})
+    assert cluster._logical_cpus(config) == 152
+    assert cluster._logical_cpus(None) >= 3
+
+
+class Work:
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return {"done": row["shard"]}
+
+
+class Broken:
+    def __init__(self) -> None:
+        raise WorkflowError("no such digest")
+
+
+def test_a_stage_works() -> None:
+    row = cluster.Stage(Work, None)({"shard": 3})
+    assert row == {"done": 3}
+    cluster.check(row, "shard 3")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (UserError("bad key"), UserError, "shard 3: bad key"),
+        (WorkflowError("disk full"), WorkflowError, "shard 3: disk full"),
+        (RuntimeError("two\nlines"), WorkflowError, "shard 3: RuntimeError: two lines"),
+    ],
+)
+def test_a_failure_of_any_stage_reaches_the_driver(error: Exception, kind: type[Exception], message: str) -> None:
+    row = cluster.Stage(Work, error)({"shard": 3})
+    row = cluster.Stage(Work, None)(row)  # the next stage leaves it alone
+    assert row["shard"] == 3
+    with pytest.raises(kind) as caught:
+        cluster.check(row, "shard 3")
+    assert str(caught.value) == message
+
+
+def test_a_failed_construction_reaches_the_driver() -> None:
+    with pytest.raises(WorkflowError, match="shard 3: no such digest"):
+        cluster.check(cluster.Stage(Broken)({"shard": 3}), "shard 3")

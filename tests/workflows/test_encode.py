@@ -1,0 +1,321 @@
+"""The encode workflow as a user starts it: by script, by `ray job submit`, on a local path and on S3, killed and started again.
+
+Every run below must give the bytes of one uninterrupted run by script with one worker. Few Ray clusters, because each start takes
+seconds: one head for the module, and local ones only where the script must start its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+from intra import config as configuration
+from intra import lineage, storage
+from intra.backbone import model as backbones
+from intra.backbone import tiny
+from intra.config import ArchitectureConfig, Config, SyntheticConfig
+from intra.data import schema, synthetic
+from intra.errors import UserError, WorkflowError
+from intra.store.format import COMMIT, STATES, shards
+from intra.store.reader import ChunkStore
+from workflows import encode, prepare
+
+from ..conftest import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+KINDS = [("commit", "json"), ("states", "safetensors"), ("pooled", "safetensors")]
+CHUNKS, SHARD_CHUNKS = 300, 2  # many small shards: time to kill a run between two of them
+
+
+@dataclass
+class World:
+    """A configuration file, and a root that holds its dataset but no store."""
+
+    file: Path
+    root: str
+
+    def load(self, root: str | None = None, *overrides: str) -> Config:
+        return configuration.load(self.file, [f"root={root or self.root}", *overrides])
+
+    def command(self, root: str, *overrides: str) -> list[str]:
+        return [sys.executable, "workflows/encode.py", "--config", str(self.file), f"root={root}", *overrides]
+
+    def clone(self, root: str) -> str:
+        """Another root with the same dataset."""
+        storage.upload(Path(self.root) / "dataset", storage.join(root, "dataset"))
+        return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("encode")
+    made = SyntheticConfig(chunks=CHUNKS, train_questions=10, test_questions=10)
+    passages, _ = synthetic.generate(made, 0)
+    architecture = ArchitectureConfig(
+        hidden_size=32, intermediate_size=48, encoder_layers=2, decoder_layers=2, heads=4, kv_heads=2, head_dim=8, vocabulary=2048
+    )
+    tokenizer = tiny.train_tokenizer([f"{passage.title} {passage.text}" for passage in passages], architecture)
+    tiny.save(tiny.build(architecture, tokenizer, seed=0), tokenizer, folder / "model")
+    values: dict[str, Any] = {
+        "root": str(folder / "root"),
+        "data": {"source": "synthetic", "synthetic": made.model_dump()},
+        "backbone": {"model": str(folder / "model")},
+        "store": {"shard_chunks": SHARD_CHUNKS, "batch_tokens": 128, "workers": 2},
+        "retriever": {"pooled_length": 3},
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    }
+    file = folder / "encode.yaml"
+    file.write_text(yaml.safe_dump(values))
+    result = World(file, values["root"])
+    prepare.run(result.load())
+    return result
+
+
+def contents(url: str) -> dict[str, bytes]:
+    return {name: storage.read_bytes(storage.join(url, name)) for name in storage.files(url)}
+
+
+def stamps(url: str, names: list[str]) -> dict[str, str]:
+    return {name: storage.stamp(storage.join(url, name)) for name in names}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **changes}
+
+
+def finish(command: list[str], **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(**changes), capture_output=True, text=True, timeout=300)
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Ends what a test has started, and nothing else."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=20)
+
+
+def kill_in_the_middle(command: list[str], commits: str, total: int, **changes: str) -> None:
+    """Starts the command and ends it with SIGKILL when some shards, but not all, are committed; waits until all of it is gone."""
+    driver = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment(**changes),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 240
+        while len(storage.sizes(commits)) < 5:
+            assert driver.poll() is None, f"the run ended before it was killed: {driver.communicate()[0]}"
+            assert time.monotonic() < deadline, "no shard was committed"
+            time.sleep(0.005)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        driver.wait()
+    finally:
+        driver.kill()
+        driver.communicate()
+        end(family)
+    settled = -1
+    while settled != (settled := len(storage.sizes(commits))):  # workers of a cluster end a moment after their driver
+        time.sleep(1)
+    assert 5 <= settled < total
+
+
+@pytest.fixture(scope="module")
+def reference(world: World) -> dict[str, bytes]:
+    """The store of an uninterrupted run by script, with one worker, on a Ray that the script starts."""
+    done = finish(world.command(world.root, "store.workers=1"))
+    assert done.returncode == 0, done.stderr
+    url = lineage.store(world.load()).url
+    assert done.stdout.splitlines()[-1] == url
+    return contents(url)
+
+
+@dataclass
+class Head:
+    gcs: str
+    dashboard: str
+
+
+@pytest.fixture(scope="module")
+def head(s3_server: str) -> Iterator[Head]:
+    """A Ray head of our own, with its job server; its workers know the local S3 server."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds Unix sockets
+    gcs, dashboard = free_port(), free_port()
+    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4", f"--temp-dir={folder}",
+               "--object-store-memory=268435456", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+               f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+               f"--metrics-export-port={free_port()}"]  # fmt: skip
+    with open(Path(folder) / "head.log", "w") as log:
+        process = subprocess.Popen(command, env=environment(RAY_AUTH_MODE="disabled"), start_new_session=True, stdout=log, stderr=log)
+    try:
+        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+    finally:
+        end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_jobs(head: Head) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    for _ in range(240):
+        try:
+            JobSubmissionClient(head.dashboard).list_jobs()
+            return
+        except (ConnectionError, RuntimeError):
+            time.sleep(0.5)
+    raise AssertionError("the job server did not start")
+
+
+# ---- without Ray
+
+
+def test_the_plan_before_and_after_prepare(world: World, tmp_path: Path) -> None:
+    (before,) = encode.plan(world.load(str(tmp_path)))
+    assert before.startswith("encode: waits for the dataset")
+    assert list(tmp_path.iterdir()) == []
+    manifest = storage.read_json(lineage.dataset(world.load()).path("manifest.json"))
+    root = world.clone(str(tmp_path / "clone"))
+    (after,) = encode.plan(world.load(root))
+    assert f"{CHUNKS} chunks, {manifest['tokens']:,} tokens in {CHUNKS // SHARD_CHUNKS} shards" in after
+    assert "0 shards are committed" in after
+    assert f"{CHUNKS // SHARD_CHUNKS} to make with 2 workers" in after
+    assert not Path(root, "store").exists()
+
+
+def test_without_a_dataset_the_remedy_is_named(world: World, tmp_path: Path) -> None:
+    done = finish(world.command(str(tmp_path)))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: dataset ")
+    assert "run workflows/prepare.py" in line
+
+
+def test_an_unreachable_endpoint_is_one_line(world: World) -> None:
+    done = finish(world.command("s3://bucket/run"), AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: s3://bucket/run")
+    assert "AWS_ENDPOINT_URL" in line
+
+
+def test_a_gpu_backbone_without_gpu_workers_is_refused(world: World) -> None:
+    with pytest.raises(UserError, match=r"backbone.device=cuda, but store.gpus_per_worker is 0"):
+        encode.run(world.load(None, "backbone.device=cuda"))
+
+
+# ---- with Ray
+
+
+def test_the_store_holds_what_the_backbone_encodes(world: World, reference: dict[str, bytes]) -> None:
+    config = world.load()
+    store, pool = ChunkStore(lineage.store(config).url), schema.read_pool(lineage.dataset(config).url)
+    store.verify()
+    assert store.chunk_ids == pool.chunk_ids
+    backbone = backbones.load(config.backbone.model, device="cpu")
+    for row in (0, 1, 150, CHUNKS - 1):
+        (states,) = backbone.encode(backbone.tokenize([f"{pool.titles[row]}\n{pool.texts[row]}"]))
+        # bfloat16 keeps 8 bits; batches differ by rounding
+        torch.testing.assert_close(store.states([pool.chunk_ids[row]])[0], states, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(store.pooled([row])[0], backbones.pool(states, 3), rtol=1e-2, atol=1e-3)
+    manifest = store.manifest
+    assert (manifest["rows"], manifest["hidden_size"], manifest["pooled_length"], manifest["dtype"]) == (CHUNKS, 32, 3, "bfloat16")
+    assert manifest["backbone"] == backbones.digest(config.backbone.model)
+    assert len(manifest["shards"]) == CHUNKS // SHARD_CHUNKS
+
+
+def test_a_second_run_redoes_nothing(world: World, reference: dict[str, bytes]) -> None:
+    url = lineage.store(world.load()).url
+    before = stamps(url, list(reference))
+    assert encode.run(world.load()) == url
+    assert stamps(url, storage.files(url)) == before
+
+
+def test_a_submitted_job_with_two_workers_gives_the_same_bytes(
+    world: World, reference: dict[str, bytes], head: Head, tmp_path: Path
+) -> None:
+    wait_for_jobs(head)
+    root = world.clone(str(tmp_path))
+    entry = ["python", *world.command(root)[1:]]
+    submit = ["ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *entry]
+    done = finish(submit, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(lineage.store(world.load(root)).url) == reference
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_killed_and_started_again_the_store_is_the_same(
+    world: World, reference: dict[str, bytes], request: pytest.FixtureRequest, tmp_path: Path, place: str
+) -> None:
+    if place == "local":
+        root, joined = world.clone(str(tmp_path)), {}
+    else:
+        root = world.clone(request.getfixturevalue("s3_root"))
+        joined = {"RAY_ADDRESS": request.getfixturevalue("head").gcs, "RAY_AUTH_MODE": "disabled"}
+    store = lineage.store(world.load(root))
+    command = world.command(root, f"store.workers={2 if place == 'local' else 1}")
+    kill_in_the_middle(command, store.path(COMMIT), CHUNKS // SHARD_CHUNKS, **joined)
+    assert not store.complete()
+    with pytest.raises(UserError, match="is incomplete"):
+        ChunkStore(store.url)
+    committed = [f"{folder}/{name.split('.')[0]}.{end}" for name in storage.names(store.path(COMMIT)) for folder, end in KINDS]
+    before = stamps(store.url, committed)
+    done = finish(command, **joined)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == store.url
+    assert stamps(store.url, committed) == before
+    assert contents(store.url) == reference
+
+
+def test_a_failing_shard_is_one_line_and_the_others_stay(world: World, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    root = world.clone(str(tmp_path))
+    config = world.load(root, "store.shard_chunks=100", "store.workers=1")
+    dataset = lineage.dataset(config)
+    table = schema.read_pool(dataset.url).table
+    counts = table["n_tokens"].to_pylist()
+    counts[-1] += 1  # of the last of three shards
+    wrong = table.set_column(4, "n_tokens", pa.array(counts, pa.int32()))
+    storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(wrong))
+    monkeypatch.setenv("RAY_ADDRESS", head.gcs)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ours = not ray.is_initialized()
+    try:
+        with pytest.raises(WorkflowError, match=r"encode, shard 00002: chunk .*: \d+ tokens, but dataset .* states \d+") as caught:
+            encode.run(config)
+        assert "\n" not in str(caught.value)
+        store = lineage.store(config)
+        assert not store.complete()
+        storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(table))
+        kept = stamps(store.url, [name for name in storage.files(store.url) if name.startswith(STATES)])
+        encode.run(config)
+        assert stamps(store.url, list(kept)) == kept
+        assert len(ChunkStore(store.url).manifest["shards"]) == len(shards(CHUNKS, 100))
+    finally:
+        if ours:
+            ray.shutdown()
