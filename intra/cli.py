@@ -2,7 +2,7 @@
 
     python workflows/<name>.py --config FILE [section.key=value ...] [--dry-run]
 
-Exit status: 0 done, 1 failed, 2 the user's mistake. Errors are one line on stderr.
+Exit status: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ def main(
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is complete", file=sys.stderr)
+        return 130
     if result is not None:
         print(result)
     return 0

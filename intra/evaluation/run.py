@@ -100,7 +100,8 @@ def needed(config: Config) -> list[Artifact]:
 def make(config: Config, artifact: Artifact) -> None:
     """Evaluates `config.evaluate.methods` and completes the results artifact.
 
-    Raises UserError: a predecessor is missing, no test questions, a pool smaller than evaluate.k. WorkflowError: a method's
+    Raises UserError: a predecessor is missing, no test questions, one without an answer (evaluate.answers), a pool
+    smaller than evaluate.k. WorkflowError: a method's
     ranking is not one.
     """
     dataset = lineage.dataset(config)
@@ -109,6 +110,9 @@ def make(config: Config, artifact: Artifact) -> None:
     questions, pool = read_questions(dataset.url, "test"), read_pool(dataset.url)
     if not questions:
         raise UserError(f"dataset {dataset.url} holds no test questions; check data.test_split and run workflows/prepare.py")
+    silent = next((question.question_id for question in questions if not question.answers), None) if config.evaluate.answers else None
+    if silent is not None:
+        raise UserError(f"question {silent} of dataset {dataset.url} has no answer to compare with; set evaluate.answers=false")
     if len(pool) < metrics.depth(config.evaluate.k):
         raise UserError(
             f"evaluate.k: rankings of {metrics.depth(config.evaluate.k)} chunks need a larger pool than {len(pool)}; lower evaluate.k "

@@ -1,0 +1,80 @@
+"""The whole path by one command, with Ray, on a local path and on S3: two runs with one seed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from intra import storage
+
+PROJECT = Path(__file__).parents[2]
+SMALL = [
+    "data.synthetic.chunks=80", "data.synthetic.train_questions=24", "data.synthetic.test_questions=20", "retriever.tokens=4",
+    "retriever.train.steps=4", "retriever.train.batch_size=8", "evaluate.k=[5,10]", "evaluate.bootstrap=100", "store.shard_chunks=32",
+]  # fmt: skip
+
+
+def nightly(root: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROJECT / "workflows/nightly.py"), "--config", str(PROJECT / "configs/quickstart.yaml")]
+    return subprocess.run([*command, f"root={root}", *SMALL, *overrides], cwd=folder, capture_output=True, text=True)
+
+
+def test_local_and_s3_runs_with_one_seed_give_the_same_rankings_and_metrics(s3_root: str, tmp_path: Path) -> None:
+    """The second run is on S3, with another number of encoding workers and another query batch; then both redo nothing."""
+    roots = str(tmp_path / "root"), s3_root
+    outputs = []
+    for root, other in zip(roots, ((), ("store.workers=1", "retriever.query_batch=5", "retriever.tile_chunks=17")), strict=True):
+        done = nightly(root, tmp_path, *other)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"{root}/results/results.json"
+        outputs.append(done.stdout.partition("\nreport ")[0].splitlines()[-8:])
+    assert outputs[0] == outputs[1]
+
+    records = [storage.read_json(f"{root}/results/results.json") for root in roots]
+    assert records[0] == records[1]
+    assert {record["method"] for record in records[0]} == {"intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle"}
+    runs = [sorted(name for name in storage.files(f"{root}/results") if name.endswith(".trec")) for root in roots]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 7
+    for name in runs[0]:
+        assert storage.read_bytes(f"{roots[0]}/results/{name}") == storage.read_bytes(f"{roots[1]}/results/{name}"), name
+    assert [name for name in storage.files(f"{s3_root}/store") if name.endswith("manifest.json")]
+
+    again = nightly(s3_root, tmp_path)
+    assert again.returncode == 0
+    assert again.stderr.splitlines() == [f"{step}: complete" for step in ("prepare", "encode", "train", "evaluate")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "found"),
+    [
+        (["data.sauce=jsonl"], 2, "unknown key 'data.sauce'; did you mean 'data.source'?"),
+        (["retriever.tokens=many"], 2, "'retriever.tokens': found 'many'"),
+        (["data.source=jsonl", "data.path=absent"], 2, "data.path=absent: no such folder"),
+        (["backbone.model=absent/"], 2, "absent"),
+        (["root=s3://nowhere/run"], 1, "http://127.0.0.1:9"),
+    ],
+)
+def test_a_mistake_is_one_line(overrides: list[str], status: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(name, value)
+    done = nightly(str(tmp_path / "root"), tmp_path, *overrides)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert found in done.stderr
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_plan_makes_nothing_and_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-environment")
+    done = nightly(str(tmp_path / "root"), tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "a-secret-of-the-environment" not in done.stdout + done.stderr
+    plan = done.stdout.partition("---\n")[2].splitlines()
+    assert plan[0].startswith("prepare: to be made")
+    assert sum("waits for the dataset" in line for line in plan) == 3
+    assert not (tmp_path / "root").exists()
