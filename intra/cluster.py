@@ -72,7 +72,7 @@ def _logical_cpus(config: Config | None) -> int:
 
 def joined() -> bool:
     """True in a job that was submitted to a cluster."""
-    return "RAY_ADDRESS" in os.environ
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def resources() -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from intra import storage
 from intra.errors import UserError
 
 METHODS = ("intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle")
@@ -254,7 +255,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tracking = values.setdefault("tracking", {})
     if isinstance(tracking, dict):
         tracking.setdefault("experiment", path.stem)
-    return parse(values, str(path))
+    return _anchored(parse(values, str(path)))
+
+
+def _anchored(config: Config) -> Config:
+    """With local paths made absolute: a worker's directory is not the one the command was given in."""
+    data, backbone = config.data, config.backbone
+    if data.path:
+        data = data.model_copy(update={"path": storage.absolute(data.path)})
+    if backbone.model != "quickstart" and Path(backbone.model).expanduser().is_dir():
+        backbone = backbone.model_copy(update={"model": storage.absolute(backbone.model)})
+    return config.model_copy(update={"root": storage.absolute(config.root), "data": data, "backbone": backbone})
 
 
 def parse(values: Mapping[str, Any], origin: str = "configuration") -> Config:

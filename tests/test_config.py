@@ -66,3 +66,14 @@ def test_a_mistake_is_one_line_with_key_and_remedy(tmp_path: Path, text: str, ov
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
         configuration.load(tmp_path / "absent.yaml")
+
+
+def test_local_paths_are_absolute_for_workers_in_other_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "c.yaml").write_text("root: run")
+    config = configuration.load("c.yaml", ["data.source=jsonl", "data.path=../data", "backbone.model=model"])
+    assert (config.root, config.data.path) == (str(tmp_path / "run"), str(tmp_path.parent / "data"))
+    assert config.backbone.model == str(tmp_path / "model")
+    away = configuration.load("c.yaml", ["root=s3://bucket/run", "backbone.model=google/t5gemma-2-270m-270m"])
+    assert (away.root, away.backbone.model) == ("s3://bucket/run", "google/t5gemma-2-270m-270m")

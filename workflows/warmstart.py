@@ -67,7 +67,7 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
     started = time.monotonic()
     checkpoint, metrics = _fit(config, training, step)
     seconds = time.monotonic() - started
-    module = _module(config)
+    module = _module(config, dataset.url)
     with checkpoint.as_directory() as folder:
         _load(module, None, Path(folder))
     backbone = module.backbone
@@ -109,7 +109,7 @@ def _fit(config: Config, training: str, step: tracking.Run) -> tuple[Any, dict[s
     resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(), "tracking": [step.uri, step.run_id]},
+        train_loop_config={"config": config.model_dump(), "dataset": lineage.dataset(config).url, "tracking": [step.uri, step.run_id]},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -147,7 +147,8 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(recipe.threads)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    module = _module(config)
+    dataset = settings["dataset"]
+    module = _module(config, dataset)
     if recipe.gpus_per_worker > 0:
         module.to("cuda")
     optimizer = warmstart.optimizers(module, recipe)
@@ -159,7 +160,6 @@ def _worker(settings: dict[str, Any]) -> None:
     if config.data.source == "synthetic":
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
-        dataset = lineage.dataset(config).url
         batches = curriculum.question_batches(config, module.backbone, read_pool(dataset), read_questions(dataset, "train"), rank, workers)
     log = tracking.attach(*settings["tracking"]) if rank == 0 else None
 
@@ -180,12 +180,12 @@ def _worker(settings: dict[str, Any]) -> None:
     warmstart.train(module, optimizer, batches, recipe, start=start, reduce=reduce if workers > 1 else None, checkpoint=checkpoint)
 
 
-def _module(config: Config) -> Any:
-    """The backbone in training, at its start: random weights and the dataset's tokenizer, or the given model; float32."""
+def _module(config: Config, dataset: str) -> Any:
+    """The backbone in training, at its start: random weights and the tokenizer of the dataset (its URL), or the given model; float32."""
     from intra.backbone import locate, model, tiny, warmstart
 
     if lineage.from_scratch(config):
-        tokenizer = locate.load_tokenizer(lineage.dataset(config).path("tokenizer"))
+        tokenizer = locate.load_tokenizer(storage.join(dataset, "tokenizer"))
         built = tiny.build(config.backbone.architecture, tokenizer, config.seed)
         backbone = model.Backbone(built, tokenizer, config.backbone.prompt)
     else:

@@ -53,7 +53,7 @@ def test_local_and_s3_runs_with_one_seed_give_the_same_rankings_and_metrics(s3_r
     [
         (["data.sauce=jsonl"], 2, "unknown key 'data.sauce'; did you mean 'data.source'?"),
         (["retriever.tokens=many"], 2, "'retriever.tokens': found 'many'"),
-        (["data.source=jsonl", "data.path=absent"], 2, "data.path=absent: no such folder"),
+        (["data.source=jsonl", "data.path=absent"], 2, "/absent: no such folder"),
         (["backbone.model=absent/"], 2, "absent"),
         (["root=s3://nowhere/run"], 1, "http://127.0.0.1:9"),
     ],

@@ -65,7 +65,7 @@ def test_changed_input_is_another_dataset(file: str, folder: Path) -> None:  # n
 @pytest.mark.parametrize(
     ("override", "found"),
     [
-        ("data.path=absent", "error: data.path=absent: no such folder"),
+        ("data.path=absent", "/absent: no such folder"),
         ("data.passages=passages.a*", "is not in the pool"),
         ("data.test_split=dev", "error: data.test_split=dev: no file"),
     ],
