@@ -244,7 +244,8 @@ def _reading(config: Config, backbone: Any) -> dict[str, tuple[float, int]]:
             texts = [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows]
             memory = backbone.pack([backbone.encode(backbone.tokenize(texts))])
             answer = backbone.answer(backbone.prompt_ids([question.question]), memory, config.backbone.answer_tokens)[0]
-            hits.setdefault(f"{question.benchmark}/{question.type}", []).append(exact_match(answer, question.answers))
+            name = f"{question.benchmark}/{question.type}" if question.type else question.benchmark
+            hits.setdefault(name, []).append(exact_match(answer, question.answers))
     return {name: (sum(values) / len(values), len(values)) for name, values in sorted(hits.items())}
 
 
