@@ -85,9 +85,23 @@ class LossConfig(Section):
     attention: float = Field(0.0, ge=0)
 
 
+class StageConfig(Section):
+    """One stage of the warm start's curriculum. A key that is left out keeps what `backbone.warmstart` says."""
+
+    name: str = Field(min_length=1)
+    share: float = Field(gt=0, le=1, description="of the steps; the stages' shares sum to 1")
+    losses: LossConfig | None = Field(None, description="all of them: what is not named has its default, answer 1 and the others 0")
+    world_chunks: int | None = Field(None, ge=3)
+    growth: float | None = Field(None, ge=0, le=1, description="share of this stage's steps, at its start")
+    binding: float | None = Field(None, ge=0, le=1)
+    bridge: float | None = Field(None, ge=0, le=1)
+    learning_rate_factor: float = Field(1.0, gt=0, description="times the learning rates that the schedule gives")
+
+
 class WarmstartConfig(Section):
     """A world is a set of chunks and questions about them that share the encoded chunks."""
 
+    stages: list[StageConfig] | None = Field(None, description="one stage of all the steps when null")
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(16, ge=1, description="worlds a step, over all workers")
     micro_batch: int = Field(16, ge=1, description="worlds a forward pass; the retrieval loss is over a micro-batch's chunks")
@@ -96,19 +110,26 @@ class WarmstartConfig(Section):
     growth: float = Field(0.0, ge=0, le=1, description="share of the steps, at the start, over which mini-worlds grow from 2 chunks")
     binding: float = Field(0.5, ge=0, le=1, description="share of mini-worlds of one kind of entity only (synthetic)")
     bridge: float = Field(0.5, ge=0, le=1, description="share of bridge questions in the other mini-worlds (synthetic)")
+    name_parts: list[int] | None = Field(None, description="words of names, drawn for each mini-world; null takes the pool's (synthetic)")
     distractors: int = Field(8, ge=0, description="random chunks a question, packed beside the gold ones (other sources)")
-    learning_rate: float = Field(3e-3, gt=0, description="AdamW, for embeddings and norms")
-    matrix_learning_rate: float = Field(0.02, gt=0, description="Muon, for weight matrices")
+    extra_chunks: int = Field(0, ge=0, description="further chunks a micro-batch, negatives of the retrieval and hop losses alone")
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the layers' matrices; all else is AdamW's")
+    learning_rate: float = Field(3e-3, gt=0, description="for embeddings and norms")
+    matrix_learning_rate: float = Field(0.02, gt=0, description="for the layers' weight matrices")
     weight_decay: float = Field(0.0, ge=0, description="of the weight matrices")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     warmup_steps: int = Field(50, ge=0)
     decay: float = Field(0.4, ge=0, le=1, description="share of the steps, at the end, over which the learning rates fall to 0")
     losses: LossConfig = LossConfig()
+    retrieval_scoring: Literal["per_head", "mixture"] = Field("per_head", description="of the retrieval loss: a sum, or layers' softmaxes")
     retrieval_share: float = Field(0.5, gt=0, le=1, description="share of the questions that the retrieval and hop losses see")
     pooled_length: int = Field(7, ge=1, description="pooled vectors a chunk in those losses")
     vector_dropout: float = Field(0.0, ge=0, lt=1, description="share of the pooled vectors those losses leave out, at random")
     probes: int = Field(2, ge=1, description="positions a question whose queries retrieve (retrieval and hop losses)")
     probe_span: int = Field(16, ge=1, description="they stand within so many positions behind the prompt")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the arithmetic; the trained weights are float32")
+    shard: bool = Field(False, description="weights and optimizer split over the workers (FSDP), where there are several")
+    gradient_checkpointing: bool = Field(False, description="layers are computed again in the backward pass, to save memory")
     checkpoint_every: int = Field(200, ge=1)
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
@@ -116,6 +137,18 @@ class WarmstartConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("backbone.warmstart.shard: Muon needs whole matrices; set backbone.warmstart.optimizer=adamw or shard=false")
+        if self.name_parts is not None and (not self.name_parts or not set(self.name_parts) <= {2, 3, 4}):
+            raise ValueError("backbone.warmstart.name_parts must be null or a list of 2, 3 and 4, such as [2, 3]")
+        if self.stages is not None:
+            names, total = [stage.name for stage in self.stages], sum(stage.share for stage in self.stages)
+            if len(set(names)) < len(names):
+                raise ValueError("backbone.warmstart.stages must have different names")
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"backbone.warmstart.stages: their shares sum to {total:g}; they must sum to 1")
+            if min(stage.share for stage in self.stages) * self.steps < 1:
+                raise ValueError("backbone.warmstart.stages: each needs a step at least; raise its share or backbone.warmstart.steps")
         if self.batch_size % self.micro_batch:
             raise ValueError("backbone.warmstart.batch_size must be a multiple of backbone.warmstart.micro_batch")
         if self.batch_size // self.micro_batch % self.workers:
@@ -158,9 +191,15 @@ class RetrieverTrainConfig(Section):
     batch_size: int = Field(32, ge=1, description="questions a step, over all workers")
     micro_batch: int = Field(8, ge=1, description="questions a forward pass; fixes the arithmetic for any worker count")
     learning_rate: float = Field(3e-3, gt=0)
+    weights_rate: float = Field(0.1, gt=0, description="of the learning rate, for the layer and head weights")
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate after the warm-up")
+    temperature: float = Field(1.0, gt=0, description="what scores are divided by: below 1, the best chunks weigh more at the start")
+    train_tokens: bool = Field(True, description="false trains the layer and head weights alone")
     hard_negatives: int = Field(16, ge=0, description="S_0 chunks that are not gold, per question")
+    bm25_negatives: int = Field(0, ge=0, description="BM25 chunks that are not gold, per question")
+    bm25_skip: int = Field(10, ge=0, description="first ranks of BM25 that are no negatives: unmarked evidence stands there")
     sampled_negatives: int = Field(256, ge=0, description="uniform chunks, shared by a micro-batch")
     checkpoint_every: int = Field(100, ge=1)
     workers: int = Field(1, ge=1)
@@ -181,7 +220,9 @@ class RetrieverConfig(Section):
     pooled_length: int = Field(7, ge=1, description="L_p, paper section 3.3")
     initial_context: int = Field(20, ge=0, description="n_0; 0 leaves S_0 empty")
     initial_scoring: Literal["dot", "cosine", "whitened"] = Field("dot", description="MaxSim of S_0 (dot: Eq. 6)")
-    scoring: Literal["per_head"] = "per_head"
+    scoring: Literal["per_head", "mixture", "mixed"] = Field(
+        "per_head", description="per_head: the paper's; mixture: of a softmax per layer; mixed: layers and heads before one MaxSim"
+    )
     answer_size: int = Field(5, ge=1, description="chunks the answer is read from")
     answer_initial: int = Field(1, ge=0, description="of those, taken from the top of S_0 (the paper's 4 + 1)")
     query_batch: int = Field(16, ge=1)
@@ -212,6 +253,13 @@ class EvaluateConfig(Section):
         return self
 
 
+class AblationConfig(Section):
+    """Variants of this configuration, each run for every seed (workflows/ablate.py)."""
+
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    rows: dict[str, list[str]] = Field(min_length=1, description="name -> overrides (section.key=value); the first is the reference")
+
+
 class TrackingConfig(Section):
     uri: str | None = Field(None, description="MLflow; null keeps a SQLite store beside the run")
     experiment: str | None = Field(None, description="null takes the configuration file's name")
@@ -226,6 +274,7 @@ class Config(Section):
     retriever: RetrieverConfig = RetrieverConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    ablation: AblationConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -240,6 +289,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError: a missing or malformed file, an unknown key, a wrong type, a value out of range.
     """
     path = Path(path)
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    tracking = values.setdefault("tracking", {})
+    if isinstance(tracking, dict):
+        tracking.setdefault("experiment", path.stem)
+    return _anchored(parse(values, str(path)))
+
+
+def varied(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with overrides, without its ablation. Raises UserError as `load`."""
+    values = config.model_dump(exclude={"ablation"})
+    for override in overrides:
+        _override(values, override)
+    return _anchored(parse(values, f"ablation ({' '.join(overrides)})"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a file, over those of the file it `extends` (a path beside it)."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -250,12 +318,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    tracking = values.setdefault("tracking", {})
-    if isinstance(tracking, dict):
-        tracking.setdefault("experiment", path.stem)
-    return _anchored(parse(values, str(path)))
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
+        raise UserError(f"{path}: extends: found {base!r}; name another configuration file beside this one")
+    return _merged(_read(path.parent / base), values)
+
+
+def _merged(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `base`, section by section."""
+    for key, value in values.items():
+        base[key] = _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return base
 
 
 def _anchored(config: Config) -> Config:

@@ -77,3 +77,17 @@ def test_local_paths_are_absolute_for_workers_in_other_directories(tmp_path: Pat
     assert config.backbone.model == str(tmp_path / "model")
     away = configuration.load("c.yaml", ["root=s3://bucket/run", "backbone.model=google/t5gemma-2-270m-270m"])
     assert (away.root, away.backbone.model) == ("s3://bucket/run", "google/t5gemma-2-270m-270m")
+
+
+def test_a_file_may_extend_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("root: run\nretriever: {tokens: 8, pooled_length: 3}\nevaluate: {k: [5]}")
+    path = write(tmp_path, "extends: base.yaml\nretriever: {tokens: 4}\nablation: {rows: {all: [], none: ['retriever.initial_context=0']}}")
+    config = configuration.load(path, ["evaluate.k=[7]"])
+    assert (config.retriever.tokens, config.retriever.pooled_length, config.evaluate.k) == (4, 3, [7])
+    assert config.ablation is not None
+    variant = configuration.varied(config, config.ablation.rows["none"])
+    assert (variant.retriever.initial_context, variant.retriever.tokens, variant.ablation) == (0, 4, None)
+    with pytest.raises(UserError, match=r"absent\.yaml: no such configuration file"):
+        configuration.load(write(tmp_path, "extends: absent.yaml"))
+    with pytest.raises(UserError, match="extends"):
+        configuration.load(write(tmp_path, "extends: c.yaml"))

@@ -290,3 +290,38 @@ def test_on_s3(s3_root: str, model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert [name for name in storage.files(f"{s3_root}/mlflow") if name.endswith("oracle.synthetic.trec")]
     assert Path(tmp_path, "runs", "mlflow", "mlflow.db").exists()
     assert evaluate.run(config) == place
+
+
+def test_ablation_sets_its_rows_in_one_table(
+    finished: tuple[Config, str], ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that share every artifact but the results; run again, nothing is evaluated a second time."""
+    from intra.evaluation import run as evaluation
+    from workflows import ablate
+
+    config, _ = finished
+    for kind in ("dataset", "store", "retriever"):
+        Path(tmp_path, kind).symlink_to(Path(config.root, kind))
+    rows = {"INTRA": [], "no 4+1": ["retriever.answer_initial=0"], "BM25": ["evaluate.methods=[bm25]"]}
+    values = {**config.model_dump(), "root": str(tmp_path), "ablation": {"seeds": [0], "rows": rows}}
+    values["tracking"] = {"uri": ledger, "experiment": "ablation"}
+    file = tmp_path / "ablation.yaml"
+    file.write_text(json.dumps(values))
+
+    assert cli.main("", ablate.plan, ablate.run, ["--config", str(file), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [f"ablate: {row}: seed 0 evaluate" for row in rows]
+    assert cli.main("", ablate.plan, ablate.run, ["--config", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    records = json.loads(Path(lines[-1]).read_text())
+    assert list(dict.fromkeys(record["row"] for record in records)) == list(rows)
+    bm25 = {row["question_id"]: row["em"] for row in table(config) if row["method"] == "bm25"}
+    (record,) = [r for r in records if (r["row"], r["benchmark"], r["metric"]) == ("BM25", "synthetic", "em")]
+    assert record["value"] == pytest.approx(sum(bm25.values()) / len(bm25))
+    assert sum(line.startswith("| BM25 |") for line in lines) == 2
+
+    monkeypatch.setattr(evaluation, "make", lambda *_: pytest.fail("it is complete"))
+    assert cli.main("", ablate.plan, ablate.run, ["--config", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+    assert cli.main("", ablate.plan, ablate.run, ["--config", str(file), "ablation.rows.INTRA=[retriever.tokenz=1]"]) == 2
+    assert "unknown key 'retriever.tokenz'; did you mean 'retriever.tokens'?" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""One table of an ablation: its rows over all seeds, with intervals, and each row's paired difference from the first.
+
+A record is {row, benchmark, metric, value, low, high, n, seeds, difference, difference_low, difference_high}: the mean over the
+questions of all seeds with its 95 % interval, the means of the seeds, and, where the first row was asked the same questions, the
+mean difference from it on those, with its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from intra.evaluation import results
+from intra.evaluation.intervals import bootstrap
+from intra.evaluation.results import Record
+
+Table = list[dict[str, Any]]  # rows of per_question.parquet, of one method
+
+
+def records(tables: Mapping[str, Mapping[int, Table]], names: Sequence[str], resamples: int) -> list[Record]:
+    """`tables`: ablation row -> seed -> per-question values. `names`: the metrics, in order."""
+    reference = next(iter(tables.values()))
+    made = []
+    for row, by_seed in tables.items():
+        metrics = [name for name in names if all(name in item for table in by_seed.values() for item in table[:1])]
+        slices: dict[str, dict[tuple[int, str], list[float]]] = {}
+        for seed, table in by_seed.items():
+            for item in table:
+                for benchmark in dict.fromkeys(
+                    [item["benchmark"], f"{item['benchmark']}/{item['type']}" if item["type"] else item["benchmark"]]
+                ):
+                    slices.setdefault(benchmark, {})[seed, item["question_id"]] = [item[name] for name in metrics]
+        asked = {(seed, item["question_id"]): [item.get(name, np.nan) for name in metrics] for seed, t in reference.items() for item in t}
+        for benchmark, values in sorted(slices.items()):
+            matrix = np.array(list(values.values()), dtype=np.float64)
+            low, high = bootstrap(matrix, resamples, 0)
+            seeds = [np.mean([value for (seed, _), value in values.items() if seed == one], axis=0) for one in by_seed]
+            paired = set(values) <= set(asked)
+            difference = matrix - np.array([asked[key] for key in values]) if paired else np.full_like(matrix, np.nan)
+            below, above = bootstrap(difference, resamples, 0)
+            for place, metric in enumerate(metrics):
+                known = paired and not np.isnan(difference[:, place]).any()
+                made.append(
+                    {
+                        "row": row, "benchmark": benchmark, "metric": metric, "value": float(matrix[:, place].mean()),
+                        "low": float(low[place]), "high": float(high[place]), "n": len(matrix),
+                        "seeds": [float(means[place]) for means in seeds],
+                        "difference": float(difference[:, place].mean()) if known else None,
+                        "difference_low": float(below[place]) if known else None,
+                        "difference_high": float(above[place]) if known else None,
+                    }
+                )  # fmt: skip
+    return made
+
+
+def markdown(found: Sequence[Record], metric: str) -> str:
+    """One metric: a line per row, a column per benchmark and question type; the seeds' spread; the difference over all questions."""
+    benchmarks = list(dict.fromkeys(record["benchmark"] for record in found))
+    lines = [
+        "| row | " + " | ".join(f"{name} [95 %]" for name in benchmarks) + " | seeds | difference |",
+        "|---" * (len(benchmarks) + 3) + "|",
+    ]
+    for row in dict.fromkeys(record["row"] for record in found):
+        cells = {r["benchmark"]: r for r in found if r["row"] == row and r["metric"] == metric}
+        if not cells:
+            continue
+        whole = cells[benchmarks[0]]
+        change = (
+            f"{whole['difference']:+.3f} [{whole['difference_low']:+.3f}, {whole['difference_high']:+.3f}]"
+            if whole["difference"] is not None
+            else ""
+        )
+        spread = f"{min(whole['seeds']):.3f} to {max(whole['seeds']):.3f}"
+        shown = [results.interval(cells[name]) if name in cells else "" for name in benchmarks]
+        lines.append("| " + " | ".join([row, *shown, spread, change]) + " |")
+    return "\n".join(lines)
