@@ -4,13 +4,16 @@
     store.states(["c12", "c7"])             # [Tensor[n, d], Tensor[m, d]]
     for first, vectors in store.tiles(2048): ...
 
-States are read by byte ranges, one per chunk, whatever the pool's size; only the index stays in memory.
+States and single pooled vectors are read by byte ranges, one per chunk, and the last CACHE bytes of each are kept; where all of them
+take no more than that, whole shards are read, once. So memory does not grow with the pool.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,6 +29,33 @@ from intra import storage
 from intra.artifact import Artifact
 from intra.errors import UserError, WorkflowError
 from intra.store.format import INDEX, POOLED, STATES, WHITENING, path, torch_dtype
+
+CACHE = 256 * 1024**2  # bytes of token states kept in memory, and as many of pooled vectors
+
+Range = tuple[int, int, int]  # shard, first byte, number of bytes
+
+
+class _Cache:
+    """The bytes of the ranges read last, at most CACHE of them. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Range, bytes] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Range) -> bytes | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: Range, data: bytes) -> None:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = data
+                self._size += len(data)
+                while self._size > CACHE:
+                    self._size -= len(self._kept.popitem(last=False)[1])
 
 
 class ChunkStore:
@@ -45,6 +75,9 @@ class ChunkStore:
         self.chunk_ids: list[str] = index["chunk_id"].to_pylist()
         self._shard, self._row, self._tokens, self._offset = (index[name].to_numpy() for name in ("shard", "row", "n_tokens", "offset"))
         self._firsts = np.array([shard["first"] for shard in self.manifest["shards"]], dtype=np.int64)
+        shards = self.manifest["shards"]
+        self._fits = {folder: sum(shard[folder]["bytes"] for shard in shards) <= CACHE for folder in (STATES, POOLED)}
+        self._caches = {folder: _Cache() for folder in (STATES, POOLED)}
         if len(self.chunk_ids) != self.manifest["rows"]:
             raise WorkflowError(f"store {self.url}: {INDEX} has {len(self.chunk_ids)} rows, the manifest {self.manifest['rows']}; "
                                 "delete the store and run workflows/encode.py again")  # fmt: skip
@@ -137,20 +170,37 @@ class ChunkStore:
             end = min(first + count, self._shard_end(row))
             ranges.append(self._pooled_range(row, end - row, size))
             row = end
-        parts = [self._tensor(part) for part in self._read(POOLED, ranges)]
+        parts = [self._tensor(part) for part in self._read(POOLED, ranges, keep=False)]
         return torch.cat(parts).view(-1, self.pooled_length, self.hidden_size).float()
 
     def _shard_end(self, row: int) -> int:
         shard = self.manifest["shards"][int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return int(shard["first"] + shard["rows"])
 
-    def _pooled_range(self, row: int, count: int, size: int) -> tuple[int, int, int]:
+    def _pooled_range(self, row: int, count: int, size: int) -> Range:
         number = int(self._shard[row])
         start = self.manifest["shards"][number][POOLED]["data_offset"] + int(self._row[row]) * size
         return number, int(start), count * size
 
-    def _read(self, folder: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]:
-        """The bytes of each (shard, start, length)."""
+    def _read(self, folder: str, ranges: Sequence[Range], keep: bool = True) -> list[bytes]:
+        """The bytes of each range of the shards of `folder`; `keep` them where the folder is too large to be kept whole."""
+        if not self._fits[folder]:
+            return self._kept(folder, ranges) if keep else self._fetched(folder, ranges)
+        shards = sorted({shard for shard, _, _ in ranges})
+        whole = self._kept(folder, [(shard, 0, int(self.manifest["shards"][shard][folder]["bytes"])) for shard in shards])
+        views = {shard: memoryview(data) for shard, data in zip(shards, whole, strict=True)}
+        return [bytes(views[shard][start : start + length]) for shard, start, length in ranges]
+
+    def _kept(self, folder: str, ranges: Sequence[Range]) -> list[bytes]:
+        cache = self._caches[folder]
+        found = {key: cache.get(key) for key in ranges}
+        missing = [key for key, data in found.items() if data is None]
+        fresh = dict(zip(missing, self._fetched(folder, missing), strict=True))
+        for key, data in fresh.items():
+            cache.put(key, data)
+        return [fresh[key] if data is None else data for key, data in ((key, found[key]) for key in ranges)]
+
+    def _fetched(self, folder: str, ranges: Sequence[Range]) -> list[bytes]:
         places = [path(self.url, folder, shard) for shard, _, _ in ranges]
         try:
             found = storage.read_ranges([(place, start, start + length) for place, (_, start, length) in zip(places, ranges, strict=True)])

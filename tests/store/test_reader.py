@@ -8,11 +8,19 @@ import torch
 from intra import storage
 from intra.backbone.model import pool
 from intra.errors import UserError, WorkflowError
+from intra.store import reader
 from intra.store.format import POOLED as POOLED_FOLDER
 from intra.store.format import STATES, path
 from intra.store.reader import ChunkStore
 
 from .conftest import POOLED, WIDTH, Made, write
+
+
+@pytest.fixture(autouse=True, params=["whole shards", "ranges"])
+def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with a store that fits in memory, and with one of which a few ranges do."""
+    if request.param == "ranges":
+        monkeypatch.setattr(reader, "CACHE", 700)
 
 
 def test_shape_and_rows(made: Made) -> None:
@@ -57,6 +65,21 @@ def test_tiles_are_all_pooled_vectors_in_row_order(made: Made, size: int) -> Non
     assert [first for first, _ in tiles] == list(range(0, 23, size))
     assert all(len(tile) == size for _, tile in tiles[:-1])
     assert torch.equal(torch.cat([tile for _, tile in tiles]), store.pooled(range(23)))
+
+
+@pytest.mark.parametrize("folder", [STATES, POOLED_FOLDER])
+def test_what_was_read_is_kept_within_bounds(made: Made, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = ChunkStore(made.url), []
+    true = storage.read_ranges
+    monkeypatch.setattr(storage, "read_ranges", lambda requests: read.extend(requests) or true(requests))
+    ask = store.states if folder == STATES else store.pooled
+    first = ask(["c003"])
+    again, everything = ask(["c003"]), ask(made.chunk_ids)
+    assert len(read) == (5 if reader.CACHE > 700 else 23)  # of the shards, of the chunks
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[0], everything[3])
+    kept = sum(len(data) for cache in store._caches.values() for data in cache._kept.values())
+    assert 0 < kept <= reader.CACHE
 
 
 def test_tiles_may_be_left_early(made: Made) -> None:
