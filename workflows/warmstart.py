@@ -4,19 +4,27 @@
     ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/warmstart.py --config configs/paper.yaml root=s3://bucket/run
 
 Needs the dataset (workflows/prepare.py). Without `backbone.train` there is nothing to do: the backbone is `backbone.model`.
-Cut off at any point, the same command goes on from the last checkpoint, to the same weights. Checkpoints lie beside the
-artifact, in <root>/backbone/<fingerprint>.training, until it is complete.
+Makes <root>/backbone/<fingerprint>/: the model directory, README.md, curve.parquet, curve.png and, last, manifest.json. Cut off at any
+point, the same command goes on from the last checkpoint, to the same weights. Checkpoints lie beside the artifact, in
+<root>/backbone/<fingerprint>.training, until it is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
 import random
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
@@ -25,6 +33,8 @@ from intra.errors import UserError, WorkflowError
 
 READING_QUESTIONS = 300  # of the test split, for the model card's scores
 READING_CHUNKS = 5
+CURVE = "curve.json"  # of a checkpoint: the rows so far
+POLL = 2.0  # seconds between two looks at the progress, and between two notes of it
 
 
 def plan(config: Config) -> list[str]:
@@ -36,10 +46,12 @@ def plan(config: Config) -> list[str]:
         return [f"warmstart: backbone {backbone.url} is complete"]
     recipe = config.backbone.warmstart
     start = "random weights" if lineage.from_scratch(config) else f"'{config.backbone.model}'"
+    stages = "".join(f"; stage {stage.name} {stage.share:.0%}" for stage in recipe.stages or [])
+    split = " that share the weights" if recipe.shard and recipe.workers > 1 else ""
     waits = "" if dataset.complete() else f"; waits for the dataset {dataset.url} (workflows/prepare.py)"
     return [
         f"warmstart: backbone {backbone.url}: {recipe.steps:,} steps of {recipe.batch_size} worlds with {recipe.questions} questions each, "
-        f"from {start}, with {recipe.workers} workers; losses {recipe.losses.model_dump()}{waits}"
+        f"from {start}, with {recipe.workers} workers{split}; losses {recipe.losses.model_dump()}{stages}{waits}"
     ]
 
 
@@ -60,27 +72,34 @@ def run(config: Config) -> str:
 
 
 def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
+    from intra.backbone import curriculum, tiny
+    from intra.backbone import warmstart as training_steps
+    from intra.data.schema import to_parquet
+
     dataset = lineage.dataset(config)
     manifest = dataset.manifest()
     step.log_input("questions", manifest["questions_sha256"], dataset.url)
     training = f"{artifact.url}.training"
     started = time.monotonic()
-    checkpoint, metrics = _fit(config, training, step)
+    checkpoint = _fit(config, training, step)
     seconds = time.monotonic() - started
     module = _module(config, dataset.url)
     with checkpoint.as_directory() as folder:
-        _load(module, None, Path(folder))
+        training_steps.load(module, None, Path(folder))
+        rows = json.loads((Path(folder) / CURVE).read_text())
     backbone = module.backbone
     scores = _reading(config, backbone)
     step.log_metrics({**{f"reading_{name}": value for name, (value, _) in scores.items()}, "seconds": seconds})
-    from intra.backbone import tiny
-
     dtype = {"float32": "float", "bfloat16": "bfloat16"}[config.backbone.dtype]
     with tempfile.TemporaryDirectory() as temporary:
         tiny.save(getattr(backbone.model, dtype)(), backbone.tokenizer, temporary)
         parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
-        (Path(temporary) / "README.md").write_text(_card(config, dataset, parameters, seconds, metrics, scores))
-        step.log_artifact(Path(temporary) / "README.md", "README.md")
+        (Path(temporary) / "README.md").write_text(_card(config, dataset, parameters, seconds, rows[-1], scores))
+        stages = curriculum.stages(config.backbone.warmstart)
+        (Path(temporary) / "curve.parquet").write_bytes(to_parquet(_curve(rows, [stage.name for stage in stages])))
+        (Path(temporary) / "curve.png").write_bytes(_figure(rows, {stage.start: stage.name for stage in stages}))
+        for name in ("README.md", "curve.parquet", "curve.png"):
+            step.log_artifact(Path(temporary) / name, name)
         digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(temporary).iterdir())}
         storage.upload(temporary, artifact.url)
     # Not config.json, which is the model's own here.
@@ -90,7 +109,7 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
             "dataset": dataset.fingerprint,
             "steps": config.backbone.warmstart.steps,
             "parameters": parameters,
-            "losses": config.backbone.warmstart.losses.model_dump(),
+            "losses": {stage.name: stage.recipe.losses.model_dump() for stage in stages},
             "sha256": digests,
             "reading": {name: value for name, (value, _) in scores.items()},
         }
@@ -98,18 +117,24 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
     storage.remove(training)
 
 
-def _fit(config: Config, training: str, step: tracking.Run) -> tuple[Any, dict[str, float]]:
-    """Trains on the cluster; the last checkpoint and its metrics. Raises WorkflowError where the workers failed."""
+def _fit(config: Config, training: str, step: tracking.Run) -> Any:
+    """Trains on the cluster; the last checkpoint. Raises WorkflowError where the workers failed."""
     cluster.connect(config)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = config.backbone.warmstart
     on_gpu = recipe.gpus_per_worker > 0
+    progress = storage.join(training, "progress.json") if sys.stderr.isatty() else None
     resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(), "dataset": lineage.dataset(config).url, "tracking": [step.uri, step.run_id]},
+        train_loop_config={
+            "config": config.model_dump(),
+            "dataset": lineage.dataset(config).url,
+            "tracking": [step.uri, step.run_id],
+            "progress": progress,
+        },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
@@ -120,13 +145,43 @@ def _fit(config: Config, training: str, step: tracking.Run) -> tuple[Any, dict[s
         ),
     )
     try:
-        result = trainer.fit()
+        with _bar(recipe.steps, progress):
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise WorkflowError(f"warm start in {training}: {' '.join(str(error).split())[:600]}; the same command goes on from the last "
                             "checkpoint") from error  # fmt: skip
     if result.checkpoint is None:
         raise WorkflowError(f"warm start in {training}: no checkpoint was written; delete the folder and run the same command again")
-    return result.checkpoint, dict(result.metrics or {})
+    return result.checkpoint
+
+
+@contextlib.contextmanager
+def _bar(steps: int, progress: str | None) -> Iterator[None]:
+    """On a terminal, a bar of the steps that rank 0 notes in the file `progress`: the workers' own output does not come here."""
+    if progress is None:
+        yield
+        return
+    storage.remove(progress)  # of a run that was cut off
+    over = threading.Event()
+
+    def watch() -> None:
+        bar, last = None, False
+        while not last:
+            last = over.wait(POLL)
+            if storage.exists(progress):
+                done = storage.read_json(progress)
+                bar = bar or tqdm(total=steps, initial=done, desc="warmstart", unit="step")
+                bar.update(done - bar.n)
+        if bar:
+            bar.close()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 # -- on a worker ------------------------------------------------------------------------------------------------------
@@ -135,6 +190,7 @@ def _fit(config: Config, training: str, step: tracking.Run) -> tuple[Any, dict[s
 def _worker(settings: dict[str, Any]) -> None:
     """One training process. Everything it does depends on the configuration, its rank and the checkpoint alone."""
     import ray.train
+    import ray.train.torch
     import torch
     import torch.distributed
 
@@ -148,36 +204,61 @@ def _worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     dataset = settings["dataset"]
-    module = _module(config, dataset)
+    device = torch.device("cpu")
     if recipe.gpus_per_worker > 0:
-        module.to("cuda")
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)
+    module = _module(config, dataset)
+    warmstart.place(module, recipe, device, workers)
     optimizer = warmstart.optimizers(module, recipe)
-    start = 0
+    start, rows = 0, []
     resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as folder:
-            start = _load(module, optimizer, Path(folder))
+            start = warmstart.load(module, optimizer, Path(folder))
+            rows = json.loads((Path(folder) / CURVE).read_text())
     if config.data.source == "synthetic":
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
         batches = curriculum.question_batches(config, module.backbone, read_pool(dataset), read_questions(dataset, "train"), rank, workers)
+    fresh = curriculum.fresh_batches(config, module.backbone)
     log = tracking.attach(*settings["tracking"]) if rank == 0 else None
+    noted = float("-inf")
 
-    def reduce(gradients: list[torch.Tensor]) -> None:
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient /= workers
+    def show(row: dict[str, Any]) -> None:
+        """Logs a row of the curve, once a run: the rows of a run that was cut off are logged again by the next."""
+        if log is not None and row["run"] != log.run_id:
+            log.log_metrics({name: value for name, value in row.items() if name not in ("run", "step")}, row["step"])
+            row["run"] = log.run_id
+
+    def reduce(tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= workers
 
     def checkpoint(step: int, metrics: dict[str, float]) -> None:
-        if log is None:
-            ray.train.report(metrics)
-            return
-        log.log_metrics(metrics, step)
+        row = {"run": None, "step": step, **metrics, **warmstart.measure(module, fresh)}
+        rows.append(row)
+        show(row)
         with tempfile.TemporaryDirectory() as folder:
-            _save(module, optimizer, step, Path(folder))
-            ray.train.report({**metrics, "step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            warmstart.save(module, optimizer, Path(folder), step, rank, workers)
+            if rank == 0:
+                (Path(folder) / CURVE).write_text(json.dumps(rows))
+            own = any(Path(folder).iterdir())
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if own else None)
 
-    warmstart.train(module, optimizer, batches, recipe, start=start, reduce=reduce if workers > 1 else None, checkpoint=checkpoint)
+    def done(step: int) -> None:
+        nonlocal noted
+        if rank == 0 and settings["progress"] and (step == recipe.steps or time.monotonic() >= noted + POLL):
+            storage.write_json(settings["progress"], step)
+            noted = time.monotonic()
+
+    for row in rows:
+        show(row)
+    done(start)
+    warmstart.train(
+        module, optimizer, batches, recipe, start=start, reduce=reduce if workers > 1 else None, checkpoint=checkpoint, done=done
+    )
 
 
 def _module(config: Config, dataset: str) -> Any:
@@ -191,30 +272,57 @@ def _module(config: Config, dataset: str) -> Any:
     else:
         backbone = model.load(config.backbone.model, config.backbone.revision, dtype="float32", device="cpu", prompt=config.backbone.prompt)
     backbone.model.requires_grad_(True)
-    return warmstart.WarmStart(backbone, config.backbone.warmstart.losses, config.backbone.warmstart.pooled_length)
+    recipe = config.backbone.warmstart
+    return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring)
 
 
-def _save(module: Any, optimizer: Any, step: int, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in module.named_parameters()}
-    save_file(weights, folder / "weights.safetensors", metadata={"step": str(step)})
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+# -- the curve --------------------------------------------------------------------------------------------------------
 
 
-def _load(module: Any, optimizer: Any, folder: Path) -> int:
-    """Puts a checkpoint's weights (and optimizer state) in place; returns its number of finished steps."""
-    import torch
-    from safetensors import safe_open
+def _curve(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
+    """A row a checkpoint, in order: step, stage (from 1), its name, then the metrics; null where a stage has none. A pyarrow Table."""
+    import pyarrow as pa
 
-    with safe_open(str(folder / "weights.safetensors"), framework="pt") as file, torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(file.get_tensor(name))
-        step = int(file.metadata()["step"])
-    if optimizer is not None:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    return step
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("run", "step", "stage")]
+    return pa.table(
+        {
+            "step": pa.array([row["step"] for row in rows], pa.int64()),
+            "stage": pa.array([int(row["stage"]) for row in rows], pa.int64()),
+            "stage_name": pa.array([names[int(row["stage"]) - 1] for row in rows], pa.string()),
+            **{name: pa.array([row.get(name) for row in rows], pa.float64()) for name in columns},
+        }
+    )
+
+
+def _figure(rows: Sequence[Mapping[str, Any]], stages: Mapping[int, str]) -> bytes:
+    """The curve as a PNG: losses above, accuracies below, over the steps; a line where a stage starts (first step -> name)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("run", "step", "stage")]
+    shares = [name for name in columns if name.endswith(("_accuracy", "_attention"))]
+    for axes, label, names in zip(
+        figure.subplots(2, 1, sharex=True), ("loss", "share"), ([name for name in columns if name not in shares], shares), strict=True
+    ):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            style = "--" if name.startswith("fresh_") else "-"
+            axes.plot(*zip(*points, strict=True), style, marker=".", markersize=3, linewidth=1, label=name.replace("_", " "))
+        for start in list(stages)[1:]:
+            axes.axvline(start, color="0.6", linewidth=1)
+        axes.set_ylabel(label)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if names:
+            axes.legend(fontsize="x-small")
+    if len(stages) > 1:
+        for start, name in stages.items():
+            figure.axes[0].annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize="x-small", va="bottom")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 # -- the model card ---------------------------------------------------------------------------------------------------
@@ -250,17 +358,23 @@ def _reading(config: Config, backbone: Any) -> dict[str, tuple[float, int]]:
 
 
 def _card(
-    config: Config, dataset: Artifact, parameters: int, seconds: float, metrics: dict[str, float], scores: dict[str, tuple[float, int]]
+    config: Config, dataset: Artifact, parameters: int, seconds: float, metrics: Mapping[str, Any], scores: dict[str, tuple[float, int]]
 ) -> str:
+    from intra.backbone import curriculum
+
     recipe, architecture = config.backbone.warmstart, config.backbone.architecture
-    weights = recipe.losses.model_dump()
-    losses = ", ".join(f"{name} {weight}" for name, weight in weights.items() if weight)
+    stages = curriculum.stages(recipe)
+    losses = "; ".join(
+        (f"{stage.name}, {stage.stop - stage.start:,} steps: " if recipe.stages else "")
+        + ", ".join(f"{name} {weight}" for name, weight in stage.recipe.losses if weight)
+        for stage in stages
+    )
     kinds = {
         "retrieval": "its decoder's queries were trained to find the gold chunks among those of a batch",
         "hop": "early layers to find the first of them and late layers the last",
         "attention": "its cross-attention to look at the answer's words (late layers) and at those that name the last chunk (early ones)",
     }
-    supervised = [text for name, text in kinds.items() if weights[name]]
+    supervised = [text for name, text in kinds.items() if any(getattr(stage.recipe.losses, name) for stage in stages)]
     supervision = (
         f"Trained with supervision beyond answers: {'; '.join(supervised)}. It is **not** pretrained only for generation."
         if supervised
@@ -277,9 +391,12 @@ def _card(
         if config.data.source == "synthetic"
         else f"the training questions of the dataset {dataset.fingerprint} (source `{config.data.source}`)"
     )
+    split = recipe.shard and recipe.workers > 1
+    options = ["weights sharded"] * split + ["bfloat16"] * (recipe.precision == "bfloat16") + ["AdamW"] * (recipe.optimizer == "adamw")
+    how = f"; {', '.join(options)}" if options else ""
     rows = "\n".join(f"| {name} | {value:.3f} | {count} |" for name, (value, count) in scores.items())
     length = f"{recipe.steps:,} steps of {recipe.batch_size} worlds with {recipe.questions} questions each"
-    last = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if isinstance(value, float))
+    last = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name not in ("run", "step", "stage"))
     return f"""---
 library_name: transformers
 license: apache-2.0
@@ -293,9 +410,9 @@ Text only; {parameters:,} parameters (`T5Gemma2ForConditionalGeneration`, unmodi
 - Start: {start}.
 - Loss weights: {losses}.
 - Training: {length}; seed {config.seed}; {seconds / 60:.1f} minutes with {recipe.workers} worker(s) of
-  {recipe.threads} thread(s) (since the last start, where the run was cut off).
+  {recipe.threads} thread(s) (since the last start, where the run was cut off){how}.
 - Command: `python workflows/warmstart.py --config configs/{config.tracking.experiment}.yaml backbone.train=true`
-- Training metrics, mean of the last steps: {last or "none"}.
+- Training metrics, mean of the last steps: {last} (`curve.parquet`, `curve.png`: the whole run).
 
 Reading: exact match on test questions, answered from the stored states of their gold chunks and random ones, {READING_CHUNKS} in all.
 

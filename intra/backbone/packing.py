@@ -6,7 +6,8 @@ question says by itself: a segment sees itself causally, with positions from 0, 
 world's keys and values are made once, not once a question. (T5Gemma 2 takes ready masks by layer type: no patched code.)
 
 Shapes: W worlds, C chunks of all worlds, N tokens of the longest chunk, M tokens of the longest memory, Q tokens of the
-longest row, S retrieval segments, R retrieval positions, K looks, d hidden size, P pooled vectors.
+longest row, S retrieval segments, R retrieval positions, K looks, d hidden size, P pooled vectors, E extra chunks of no world,
+which the retrieval and hop losses score beside the C.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class PackedWorld:
 @dataclass(frozen=True)
 class Batch:
     chunks: list[list[int]]  # of all worlds
+    extra: list[list[int]]  # of no world
     gather: Tensor  # long [W, M]: place of each memory token in the flat [C * N] encoder output
     memory_chunk: Tensor  # long [W, M]: index of the chunk in its world, -1 for padding
     ids: Tensor  # long [W, Q]
@@ -70,10 +72,10 @@ class Batch:
     visible: Tensor  # bool [W, segments, chunks of the world]
     probe_rows: Tensor  # long [S, R]
     probe_columns: Tensor  # long [S, R]
-    gold: Tensor  # float [S, C]: the share of each chunk among the question's gold
+    gold: Tensor  # float [S, C + E]: the share of each chunk among the question's gold
     first: Tensor  # long [S]: first gold chunk
     last: Tensor  # long [S]: last gold chunk
-    kept: Tensor  # bool [C, P]: the pooled vectors of each chunk that the retrieval and hop losses score
+    kept: Tensor  # bool [C + E, P]: the pooled vectors of each chunk that the retrieval and hop losses score
     look_row: Tensor  # long [K]
     look_column: Tensor  # long [K]
     look_half: Tensor  # long [K]
@@ -81,7 +83,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device; token ids stay lists."""
-        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self) if item.name != "chunks"})
+        tensors = [item.name for item in fields(self) if item.name not in ("chunks", "extra")]
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def answer_segment(prompt: Sequence[int], answer: Sequence[int], visible: Sequence[int]) -> Segment:
@@ -98,8 +101,11 @@ def retrieval_segment(prompt: Sequence[int], offsets: Sequence[int], visible: Se
     return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold))
 
 
-def collate(worlds: Sequence[PackedWorld], pad: int) -> Batch:
-    """One batch of the worlds, padded on the right. Every retrieval segment must have the same number of probes."""
+def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] = (), extra_kept: Sequence[list[bool]] = ()) -> Batch:
+    """One batch of the worlds, padded on the right, with `extra` chunks and what to score of their pooled vectors.
+
+    Every retrieval segment must have the same number of probes.
+    """
     chunks = [chunk for world in worlds for chunk in world.chunks]
     longest = max(len(chunk) for chunk in chunks)
     gather, memory_chunk, rows = [], [], []
@@ -128,7 +134,7 @@ def collate(worlds: Sequence[PackedWorld], pad: int) -> Batch:
                 golds.append([offset + chunk for chunk in segment.gold])
         rows.append(row)
         offset += len(world.chunks)
-    gold = torch.zeros(len(golds), len(chunks))
+    gold = torch.zeros(len(golds), len(chunks) + len(extra))
     for number, group in enumerate(golds):
         gold[number, group] = 1 / len(group)
     places = _padded(gather, 0)
@@ -137,6 +143,7 @@ def collate(worlds: Sequence[PackedWorld], pad: int) -> Batch:
         target[number, look_at[3]] = True
     return Batch(
         chunks=chunks,
+        extra=list(extra),
         gather=places,
         memory_chunk=_padded(memory_chunk, -1),
         ids=_padded([row["ids"] for row in rows], pad),
@@ -153,7 +160,7 @@ def collate(worlds: Sequence[PackedWorld], pad: int) -> Batch:
         look_column=torch.tensor([item[1] for item in looks], dtype=torch.long),
         look_half=torch.tensor([item[2] for item in looks], dtype=torch.long),
         look_target=target,
-        kept=torch.tensor([row for world in worlds for row in world.kept], dtype=torch.bool),
+        kept=torch.tensor([*(row for world in worlds for row in world.kept), *extra_kept], dtype=torch.bool),
     )
 
 

@@ -5,104 +5,168 @@
                 5.1), over all chunks of the batch; the probes stand where retrieval tokens will stand
                 Of each chunk's pooled vectors a share may be left out at random (`vector_dropout`): then every vector, not the
                 title's alone, must say whose chunk it is, and a fact is bound to its entity.
-    hop         the same with the early half of the layers against the first gold chunk and the late half against the last
+                `retrieval_scoring` mixture: the score is the log of the mean over layers of each layer's own softmax over the chunks,
+                so that a late layer's choice is not buried under an early one's.
+    hop         the same (as a sum) with the early half of the layers against the first gold chunk, the late half against the last
 
     attention   minus the log of the attention that falls on given tokens, the mean over the heads of one half of the layers: late layers
                 look at the answer's tokens, early ones at the words in the first gold chunk that name the last
 
 A backbone trained with the last three is not "pretrained only for generation": its model card says so. alpha is trained beside
-the backbone and thrown away.
+the backbone and thrown away. A batch's `extra` chunks are scored with the others, without a gradient to the encoder.
 
-Matrices of the layers are trained by Muon, embeddings, norms and alpha by AdamW. Nothing is drawn at random here: batch `i` is
+Matrices of the layers are trained by Muon or AdamW, embeddings, norms and alpha by AdamW. Nothing is drawn at random here: batch `i` is
 a function of (seed, i), so a run that goes on from a checkpoint gives the same weights as one that was never stopped.
+
+On several processes gradients are averaged; with `shard` the weights and the optimizer's state are split among them too (FSDP2), layer by
+layer. A checkpoint is safetensors: one part where the weights are whole, else one of each process, and any number of processes reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from intra.backbone.attention import capturing
+from intra.backbone.curriculum import stage_at
 from intra.backbone.model import Backbone
 from intra.backbone.packing import EARLY, IGNORE, LATE, Batch, masks, pooled
 from intra.config import LossConfig, WarmstartConfig
+from intra.errors import WorkflowError
+
+
+class _Sink:
+    """What the layers hand out beside their output. The first value stays: a checkpointed layer runs again.
+
+    Not a dict: of those among a layer's arguments FSDP makes copies.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Tensor] = {}
+
+    def __setitem__(self, key: Any, value: Tensor) -> None:
+        self._found.setdefault(key, value)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self._found[key]
 
 
 class WarmStart(torch.nn.Module):  # type: ignore[misc]
     """The backbone in training, and the retrieval loss's own weights alpha [layers, heads].
 
-    `alpha_hop` [2, layers, heads] weighs the two hop losses; each is zero outside its half of the layers.
+    `alpha_hop` [2, layers, heads] weighs the two hop losses; each is zero outside its half of the layers. `losses` are those of a
+    call that names none.
     """
 
-    def __init__(self, backbone: Backbone, losses: LossConfig, pooled_length: int) -> None:
+    def __init__(self, backbone: Backbone, losses: LossConfig, pooled_length: int, scoring: str = "per_head") -> None:
         super().__init__()
         self.backbone = backbone
         self.model = backbone.model
         self.losses = losses
         self.pooled_length = pooled_length
+        self.scoring = scoring
+        self.bfloat16 = False  # whether matrices are multiplied in bfloat16; `place` sets it
         shape = backbone.layers, backbone.heads
         # Scores of about unit spread at the start: a dot product of two normed queries and keys has spread head_dim ** 0.5.
         start = backbone.head_dim**-0.5 / (backbone.layers * backbone.heads) ** 0.5
-        self.alpha = torch.nn.Parameter(torch.full(shape, start))
+        # A mixture scores by each layer alone: the same for the sum over its heads.
+        alpha = start * backbone.layers**0.5 if scoring == "mixture" else start
+        self.alpha = torch.nn.Parameter(torch.full(shape, alpha))
         self.alpha_hop = torch.nn.Parameter(torch.full((2, *shape), start * 2**0.5))
         halves = torch.zeros(2, backbone.layers, 1)
         halves[0, : max(1, backbone.layers // 2)] = 1
         halves[1, backbone.layers // 2 :] = 1
         self.register_buffer("halves", halves, persistent=False)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self, FSDPModule)
+
+    def forward(self, batch: Batch, losses: LossConfig | None = None) -> dict[str, Tensor]:
         """The losses of a batch (scalars, unweighted), by name, with `total`, their weighted sum, and training accuracies."""
+        losses = losses or self.losses
+        scored = bool(losses.retrieval or losses.hop)
         batch = batch.to(self.backbone.device)
-        states, _ = self.backbone.states(batch.chunks)
-        flat = states.flatten(0, 1)
-        memory = flat[batch.gather]
         config = self.model.config.decoder
         own, cross = masks(batch, config.sliding_window)
-        sink: dict[int, Tensor] = {}
-        with capturing(self.model):
-            hidden = self.model.get_decoder()(
-                input_ids=batch.ids, attention_mask=own, position_ids=batch.positions, encoder_hidden_states=memory,
-                encoder_attention_mask=cross, use_cache=False, query_sink=sink,
-            ).last_hidden_state  # fmt: skip
-        trained = batch.labels != IGNORE
-        logits = self.model.lm_head(hidden[trained])
+        sink = _Sink()
+        with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.bfloat16 and not self.sharded):
+            states, _ = self.backbone.states(batch.chunks)
+            memory = states.flatten(0, 1)[batch.gather]
+            vectors = self._vectors(batch, states) if scored else None
+            # A sharded layer's weights are whole within its own forward only: there it makes the keys, in `_keep_keys`.
+            asked = {"key_sink": sink, "key_vectors": vectors, "key_memory": bool(losses.attention)} if self.sharded else {}
+            with capturing(self.model):
+                hidden = self.model.get_decoder()(
+                    input_ids=batch.ids, attention_mask=own, position_ids=batch.positions, encoder_hidden_states=memory,
+                    encoder_attention_mask=cross, use_cache=False, query_sink=sink, **asked,
+                ).last_hidden_state  # fmt: skip
+            trained = batch.labels != IGNORE
+            logits = self.model.lm_head(hidden[trained]).float()
+            scores = self._scores(batch, vectors, sink).float() if vectors is not None else None
+            mass = self._attention(batch, memory, cross["full_attention"], sink).float() if losses.attention else None
         if config.final_logit_softcapping is not None:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
         labels = batch.labels[trained]
         parts = {"answer": functional.cross_entropy(logits, labels)}
-        out = {"answer_token_accuracy": (logits.argmax(-1) == labels).float().mean()}
-        if self.losses.retrieval or self.losses.hop:
-            scores = self._scores(batch, states, sink)
-            overall = torch.einsum("sclh,lh->sc", scores, self.alpha)
-            parts["retrieval"] = functional.cross_entropy(overall, batch.gold)
+        right = logits.argmax(-1) == labels
+        out = {"answer_token_accuracy": right.float().mean(), "answer_accuracy": _whole(right, batch.segment, trained)}
+        if scores is not None:
+            parts["retrieval"] = self._retrieval(scores, batch.gold)
             early, late = torch.einsum("sclh,klh->ksc", scores, self.alpha_hop * self.halves)
             parts["hop"] = (functional.cross_entropy(early, batch.first) + functional.cross_entropy(late, batch.last)) / 2
             out["first_hop_accuracy"] = (early.argmax(-1) == batch.first).float().mean()
             out["last_hop_accuracy"] = (late.argmax(-1) == batch.last).float().mean()
-        if self.losses.attention:
-            mass = self._attention(batch, memory, cross["full_attention"], sink)
-            if len(mass):
-                parts["attention"] = -mass.clamp(min=1e-6).log().mean()
-                for name, half in (("early", EARLY), ("late", LATE)):
-                    if (batch.look_half == half).any():
-                        out[f"{name}_attention"] = mass[batch.look_half == half].mean()
-        weights = self.losses.model_dump()
+        if mass is not None and len(mass):
+            parts["attention"] = -mass.clamp(min=1e-6).log().mean()
+            for name, half in (("early", EARLY), ("late", LATE)):
+                if (batch.look_half == half).any():
+                    out[f"{name}_attention"] = mass[batch.look_half == half].mean()
+        weights = losses.model_dump()
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
         return {"total": total, **parts, **out}
 
-    def _attention(self, batch: Batch, memory: Tensor, cross: Tensor, sink: Mapping[int, Tensor]) -> Tensor:
+    def _retrieval(self, scores: Tensor, gold: Tensor) -> Tensor:
+        """The retrieval loss of scores [S, C + E, layers, heads] against gold [S, C + E], each row's shares."""
+        if self.scoring == "per_head":
+            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, self.alpha), gold)
+        layers = torch.einsum("sclh,lh->slc", scores, self.alpha).log_softmax(-1)
+        mixture = layers.logsumexp(1) - math.log(self.backbone.layers)
+        return -(gold * mixture).sum(-1).mean()
+
+    def _vectors(self, batch: Batch, states: Tensor) -> Tensor:
+        """The pooled vectors of the chunks, and behind them of the extra ones, those without a gradient: Tensor[C + E, P, d]."""
+        lengths = torch.tensor([len(chunk) for chunk in batch.chunks], device=states.device)
+        vectors = pooled(states, lengths, self.pooled_length)
+        if not batch.extra:
+            return vectors
+        with torch.no_grad():
+            others, _ = self.backbone.states(batch.extra)
+            lengths = torch.tensor([len(chunk) for chunk in batch.extra], device=states.device)
+            further = pooled(others, lengths, self.pooled_length)
+        return torch.cat([vectors, further])
+
+    def _keys(self, vectors: Tensor, layer: int, name: str, sink: _Sink) -> Tensor:
+        """`Backbone.keys`, or what a sharded layer has kept of them."""
+        return sink[name, layer] if self.sharded else self.backbone.keys(vectors, layer)
+
+    def _attention(self, batch: Batch, memory: Tensor, cross: Tensor, sink: _Sink) -> Tensor:
         """The cross-attention that falls on each look's tokens, among the memory alone: Tensor[K], the mean over heads and layers."""
         seen = cross[batch.look_row, 0, batch.look_column]
         repeat = self.backbone.heads // self.backbone.kv_heads
         layers = []
         for layer in range(self.backbone.layers):
             queries = sink[layer].transpose(1, 2)[batch.look_row, batch.look_column]  # [K, heads, head_dim]
-            keys = self.backbone.keys(memory, layer).repeat_interleave(repeat, dim=2)[batch.look_row]  # [K, M, heads, head_dim]
+            keys = self._keys(memory, layer, "memory", sink).repeat_interleave(repeat, dim=2)[batch.look_row]  # [K, M, heads, head_dim]
             logits = torch.einsum("khe,kmhe->khm", queries, keys) * self.backbone.scaling
             weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
             layers.append((weights * batch.look_target[:, None]).sum(-1).mean(-1))
@@ -110,61 +174,105 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         share = self.halves[batch.look_half, :, 0]
         return (mass * share).sum(1) / share.sum(1)
 
-    def _scores(self, batch: Batch, states: Tensor, sink: Mapping[int, Tensor]) -> Tensor:
-        """Sum over probes of MaxSim, per layer and head: Tensor[S, C, layers, heads]."""
-        lengths = torch.tensor([len(chunk) for chunk in batch.chunks], device=states.device)
-        vectors = pooled(states, lengths, self.pooled_length)
+    def _scores(self, batch: Batch, vectors: Tensor, sink: _Sink) -> Tensor:
+        """Sum over probes of MaxSim, per layer and head: Tensor[S, C + E, layers, heads]."""
         repeat = self.backbone.heads // self.backbone.kv_heads
         layers = []
         for layer in range(self.backbone.layers):
             queries = sink[layer].transpose(1, 2)[batch.probe_rows, batch.probe_columns]  # [S, R, heads, head_dim]
-            keys = self.backbone.keys(vectors, layer).repeat_interleave(repeat, dim=2)  # [C, P, heads, head_dim]
+            keys = self._keys(vectors, layer, "vectors", sink).repeat_interleave(repeat, dim=2)  # [C + E, P, heads, head_dim]
             products = torch.einsum("srhe,cphe->srchp", queries, keys)
             products = products.masked_fill(~batch.kept[:, None, :], float("-inf"))
             layers.append(products.amax(-1).sum(1))
         return torch.stack(layers, dim=2) / batch.probe_rows.shape[1]
 
 
+def _whole(right: Tensor, segment: Tensor, trained: Tensor) -> Tensor:
+    """The share of answers of which every token is right. right: bool, one entry a trained place; segment, trained: [W, Q]."""
+    rows = torch.arange(len(segment), device=segment.device)[:, None] * (segment.max() + 1)
+    _, answer = (rows + segment)[trained].unique(return_inverse=True)
+    wrong = torch.zeros(int(answer.max()) + 1, device=segment.device)
+    wrong[answer[~right]] = 1
+    return 1 - wrong.mean()
+
+
+def _keep_keys(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    """Forward hook of a sharded decoder layer's attention: keys of what the call asks for, as `Backbone.keys` makes them."""
+    wanted = {"vectors": kwargs.get("key_vectors"), "memory": kwargs["encoder_hidden_states"] if kwargs.get("key_memory") else None}
+    for name, vectors in wanted.items():
+        if vectors is not None:
+            kwargs["key_sink"][name, module.layer_idx] = module.k_norm(module.k_proj(vectors).unflatten(-1, (-1, module.head_dim)))
+
+
+def place(module: WarmStart, recipe: WarmstartConfig, device: torch.device, workers: int = 1) -> None:
+    """Makes the module ready to train on a device: precision, checkpointed layers, and its share of the weights if sharded.
+
+    Every process of the default group calls it, with the same weights; before the optimizers are made.
+    """
+    module.bfloat16 = recipe.precision == "bfloat16"
+    if recipe.gradient_checkpointing:
+        module.model.activation_checkpointing_enable()
+        module.model.get_encoder().text_model.config.use_cache = False  # it has none, but would be warned of
+    if recipe.shard and workers > 1:
+        mesh = torch.distributed.init_device_mesh(device.type, (workers,))
+        low = torch.bfloat16 if module.bfloat16 else None
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        decoder = module.model.get_decoder()
+        for layer in (*module.model.get_encoder().text_model.layers, *decoder.layers):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        for layer in decoder.layers:
+            layer.self_attn.register_forward_hook(_keep_keys, with_kwargs=True)
+        # alpha is small and stays whole, in float32; a batch is not to be cast.
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params={module.alpha, module.alpha_hop})
+    module.to(device)
+
+
 @dataclass
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for all else, under one schedule."""
+    """Of the matrices of the layers, Muon or AdamW, and of all else, AdamW; under one schedule."""
 
-    muon: torch.optim.Optimizer
-    adamw: torch.optim.Optimizer
+    matrices: torch.optim.Optimizer
+    others: torch.optim.Optimizer
     recipe: WarmstartConfig
 
     def step(self, step: int) -> None:
         factor = schedule(step, self.recipe)
-        for optimizer, rate in ((self.muon, self.recipe.matrix_learning_rate), (self.adamw, self.recipe.learning_rate)):
+        for optimizer, rate in ((self.matrices, self.recipe.matrix_learning_rate), (self.others, self.recipe.learning_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+    def states(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter and its state, which is empty before the first step."""
+        for optimizer in (self.matrices, self.others):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter, optimizer.state[parameter]
 
 
 def schedule(step: int, recipe: WarmstartConfig) -> float:
-    """The learning rates' factor: linear warm-up, constant, then linear decay to zero over the last `decay` of the steps."""
+    """The learning rates' factor: linear warm-up, constant, linear decay to zero over the last `decay` of the steps; times the stage's."""
     warmup = (step + 1) / recipe.warmup_steps if recipe.warmup_steps else 1.0
     decay = recipe.decay * recipe.steps
-    return min(1.0, warmup, (recipe.steps - step) / decay if decay else 1.0)
+    return min(1.0, warmup, (recipe.steps - step) / decay if decay else 1.0) * stage_at(recipe, step).factor
 
 
 def optimizers(module: WarmStart, recipe: WarmstartConfig) -> Optimizers:
     matrices: list[Tensor] = []
     others: list[Tensor] = []
+    alphas = [module.alpha, module.alpha_hop]
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not any(parameter is alpha for alpha in alphas):
             (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
+    betas = (0.9, 0.98)
     return Optimizers(
-        torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
+        if recipe.optimizer == "muon"
+        else torch.optim.AdamW(matrices, lr=recipe.matrix_learning_rate, betas=betas, weight_decay=recipe.weight_decay),
+        # A group of their own: sharded tensors and whole ones are not updated in one call.
+        torch.optim.AdamW([{"params": others}, {"params": alphas}], lr=recipe.learning_rate, betas=betas, weight_decay=0.0),
         recipe,
     )
 
@@ -178,34 +286,181 @@ def train(
     start: int = 0,
     reduce: Callable[[list[Tensor]], None] | None = None,
     checkpoint: Callable[[int, dict[str, float]], None] | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Trains from step `start` to `recipe.steps`; returns the last metrics.
 
     `batches(step)` gives this process's micro-batches of a step; gradients are the mean over them. `reduce` averages a list of
-    gradients over the processes, in place. `checkpoint(step, metrics)` is called after every `checkpoint_every` steps and
-    after the last, with the number of finished steps and the mean losses since the call before.
+    tensors over the processes, in place. `checkpoint(step, metrics)` is called after every `checkpoint_every` steps, at the end
+    of a stage and after the last step, with the number of finished steps and the means since the call before, over all
+    processes, and the stage's number. `done(step)` is called after each step.
     """
     module.train()
-    totals: dict[str, Tensor] = {}
-    counted = 0
+    totals: dict[str, Tensor] = {}  # name -> [sum, count]
     metrics: dict[str, float] = {}
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for step in range(start, recipe.steps):
+        stage = stage_at(recipe, step)
         micro = batches(step)
         for batch in micro:
-            losses = module(batch)
+            losses = module(batch, stage.recipe.losses)
             (losses["total"] / len(micro)).backward()
             for name, value in losses.items():
-                totals[name] = value.detach() + totals.get(name, 0.0)
-            counted += 1
+                totals[name] = torch.stack([value.detach(), torch.ones_like(value)]).double() + totals.get(name, 0.0)
         if reduce is not None:
-            reduce([parameter.grad for parameter in parameters if parameter.grad is not None])
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            # FSDP has averaged the gradients of what is sharded.
+            reduce([parameter.grad for parameter in parameters if parameter.grad is not None and not isinstance(parameter, DTensor)])
+        _clip(parameters, recipe.clip)
         optimizer.step(step)
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            metrics = {name: float(value) / counted for name, value in totals.items()}
-            totals, counted = {}, 0
+        if done is not None:
+            done(step + 1)
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stage.stop:
+            metrics = {"stage": float(stage.number), **_means(totals, module.backbone.device, reduce)}
+            totals = {}
             if checkpoint is not None:
                 checkpoint(step + 1, metrics)
     module.eval()
     return metrics
+
+
+METRICS = ("total", "answer", "retrieval", "hop", "attention", "answer_token_accuracy", "answer_accuracy", "first_hop_accuracy",
+           "last_hop_accuracy", "early_attention", "late_attention")  # fmt: skip
+
+
+def _means(totals: Mapping[str, Tensor], device: torch.device, reduce: Callable[[list[Tensor]], None] | None) -> dict[str, float]:
+    """Of (sum, count) by name the means over all processes: each name that any of them has."""
+    none = torch.zeros(2, dtype=torch.float64, device=device)
+    table = torch.stack([totals.get(name, none) for name in METRICS])
+    if reduce is not None:
+        reduce([table])
+    return {name: total / count for name, (total, count) in zip(METRICS, table.tolist(), strict=True) if count}
+
+
+def _clip(parameters: Sequence[Tensor], limit: float) -> None:
+    """Scales the gradients to a common norm of at most `limit`."""
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor) and parameter.grad is not None]
+    if not sharded:
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor) and parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in sharded]).full_tensor()
+    if whole:
+        norm = torch.hypot(norm, torch.nn.utils.get_total_norm([parameter.grad for parameter in whole]))
+    for group in (sharded, whole):
+        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+
+
+def measure(module: WarmStart, fresh: Mapping[str, Batch]) -> dict[str, float]:
+    """How far training is, on `curriculum.fresh_batches`: answers wholly right, by kind of question; hops found, of bridge questions."""
+    training = module.training
+    module.eval()
+    found = {}
+    with torch.no_grad():
+        for name, batch in fresh.items():
+            values = module(batch, LossConfig(retrieval=1, hop=1))
+            found[f"fresh_{name}_accuracy"] = float(values["answer_accuracy"])
+            if name == "bridge":
+                found |= {f"fresh_{hop}_hop_accuracy": float(values[f"{hop}_hop_accuracy"]) for hop in ("first", "last")}
+    module.train(training)
+    if isinstance(module, FSDPModule):
+        module.reshard()  # the root stays whole after a forward pass, for the backward pass that does not come
+    return found
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save(module: WarmStart, optimizer: Optimizers, folder: Path, step: int, rank: int = 0, workers: int = 1) -> None:
+    """Writes this process's part of a checkpoint after `step` steps: where the weights are whole, rank 0 writes all, others nothing.
+
+    weights-00000.safetensors and optimizer-00000.safetensors hold the rows of each tensor that lie here, under the parameter's
+    name, in the optimizer's with the state's name behind it.
+    """
+    from safetensors.torch import save_file
+
+    parts = workers if module.sharded else 1
+    if rank >= parts:
+        return
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    state = {f"{names[id(parameter)]}.{key}": value for parameter, values in optimizer.states() for key, value in values.items()}
+    for kind, tensors in (("weights", weights), ("optimizer", state)):
+        own = {
+            name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+            for name, tensor in tensors.items()
+            if rank == 0 or isinstance(tensor, DTensor)
+        }
+        save_file(own, folder / f"{kind}-{rank:05d}.safetensors", metadata={"step": str(step), "parts": str(parts)})
+
+
+def load(module: WarmStart, optimizer: Optimizers | None, folder: Path) -> int:
+    """Puts a checkpoint's weights (and the optimizer's state) in place; returns its number of finished steps.
+
+    The number of processes may differ from that of the run that wrote it. Raises WorkflowError where a part is missing.
+    """
+    weights = _Parts(folder, "weights")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(weights.read(name, parameter))
+    if optimizer is not None:
+        state = _Parts(folder, "optimizer")
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        for parameter, values in optimizer.states():
+            for name in state.names(names[id(parameter)]):
+                values[name.rpartition(".")[2]] = state.restore(name, parameter)
+    return weights.step
+
+
+class _Parts:
+    """The parts of one kind of a checkpoint: tensors that are split by rows, in the order of the parts, or whole in the first."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        from safetensors import safe_open
+
+        self._files: list[Any] = [safe_open(str(path), framework="pt") for path in sorted(folder.glob(f"{kind}-*.safetensors"))]
+        wanted = int(self._files[0].metadata()["parts"]) if self._files else 1
+        if len(self._files) != wanted:
+            raise WorkflowError(f"{folder}: {len(self._files)} of {wanted} {kind} files of the checkpoint are there; delete it and run the "
+                                "same command again")  # fmt: skip
+        self.step = int(self._files[0].metadata()["step"])
+        self._keys: list[set[str]] = [set(file.keys()) for file in self._files]
+
+    def names(self, parameter: str) -> list[str]:
+        """The state tensors of a parameter."""
+        return sorted(key for key in self._keys[0] if key.rpartition(".")[0] == parameter)
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """What `like`, a parameter, holds here of a tensor of its shape; a scalar as it is. On the CPU."""
+        pieces = [file.get_slice(name) for file, keys in zip(self._files, self._keys, strict=True) if name in keys]
+        sizes = [piece.get_shape() for piece in pieces]
+        if not sizes[0]:
+            return self._files[0].get_tensor(name)
+        start, stop = _rows(like)
+        rows, offset = [], 0
+        for piece, (size, *_) in zip(pieces, sizes, strict=True):
+            first, last = max(start - offset, 0), min(stop - offset, size)
+            if first < last:
+                rows.append(piece[first:last])
+            offset += size
+        return torch.cat(rows) if rows else torch.empty(0, *sizes[0][1:])
+
+    def restore(self, name: str, parameter: Tensor) -> Tensor:
+        """A state tensor as the optimizer keeps it: sharded as its parameter is; a scalar (AdamW's count of steps) on the CPU."""
+        value = self.read(name, parameter)
+        if not value.ndim:
+            return value
+        value = value.to(parameter.device)
+        if not isinstance(parameter, DTensor):
+            return value
+        return DTensor.from_local(
+            value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+
+
+def _rows(parameter: Tensor) -> tuple[int, int]:
+    """The rows [start, stop) of a parameter that lie here."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    size = -(-parameter.shape[0] // parameter.device_mesh.size())
+    start = min(size * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+    return start, min(start + size, parameter.shape[0])

@@ -1,4 +1,4 @@
-"""The warm start: packed worlds give what plain runs give, gradients reach every weight, and a stopped run goes on exactly."""
+"""The warm start: packed worlds give what plain runs give, each loss trains what it should, and a stopped run goes on exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.nn import functional
 from intra.backbone import curriculum, model, packing, warmstart
 from intra.backbone.packing import EARLY, LATE, Look, PackedWorld, answer_segment, collate, retrieval_segment
 from intra.config import Config, LossConfig, parse
+from intra.data import synthetic
 from intra.data.schema import POOL_SCHEMA, Pool, Question
+from intra.errors import UserError, WorkflowError
 
 from .conftest import WORDS, sentences
 
@@ -112,11 +114,50 @@ def test_pooling_is_the_stores(backbone: model.Backbone) -> None:
     assert torch.allclose(found, model.pool_all(states, POOLED), atol=1e-6)
 
 
-def test_every_weight_gets_a_gradient(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
-    module = warmstart.WarmStart(backbone, LOSSES, POOLED)
-    module(collate(worlds, backbone.tokenizer.pad_token_id))["total"].backward()
-    without = [name for name, weight in module.named_parameters() if weight.grad is None or not weight.grad.abs().sum() > 0]
-    assert [name for name in without if "eoi_embedding" not in name] == []  # the end-of-image embedding is never read in text
+@pytest.fixture
+def supervised(backbone: model.Backbone, worlds: list[PackedWorld]) -> packing.Batch:
+    """The worlds with looks of both halves, as one batch."""
+    worlds[0].segments[0].looks = [Look(3, EARLY, [(1, 0), (2, 1)]), Look(3, LATE, [(0, 1)])]
+    return collate(worlds, backbone.tokenizer.pad_token_id)
+
+
+def without_gradient(module: warmstart.WarmStart) -> set[str]:
+    """Parameters without a gradient; a layer's by its layer and part ("decoder.3.mlp"), if none of that part has one."""
+    names: dict[str, bool] = {}
+    for name, weight in module.named_parameters():
+        if "eoi_embedding" in name:
+            continue  # the end-of-image embedding is never read in text
+        side, _, rest = name.partition(".layers.")
+        short = f"{'decoder' if 'decoder' in side else 'encoder'}.{'.'.join(rest.split('.')[:3])}".removesuffix(".weight") if rest else name
+        names[short] = names.get(short, False) or bool(weight.grad is not None and weight.grad.abs().sum() > 0)
+    return {name for name, found in names.items() if not found}
+
+
+READ_LAST = {  # what comes behind the queries and keys of the last decoder layer
+    "decoder.3.self_attn.v_proj", "decoder.3.self_attn.o_proj", "decoder.3.post_self_attn_layernorm", "decoder.3.pre_feedforward_layernorm",
+    "decoder.3.mlp.gate_proj", "decoder.3.mlp.up_proj", "decoder.3.mlp.down_proj", "decoder.3.post_feedforward_layernorm",
+    "model.model.decoder.norm.weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "scoring", "without"),
+    [
+        (LossConfig(retrieval=0.5, hop=0.5, attention=0.5), "per_head", set()),
+        (LossConfig(), "per_head", {"alpha", "alpha_hop"}),
+        (LossConfig(attention=0.5), "per_head", {"alpha", "alpha_hop"}),
+        (LossConfig(answer=0, retrieval=1), "per_head", {"alpha_hop", *READ_LAST}),
+        (LossConfig(answer=0, retrieval=1), "mixture", {"alpha_hop", *READ_LAST}),
+        (LossConfig(answer=0, hop=1), "per_head", {"alpha", *READ_LAST}),
+        (LossConfig(answer=0, attention=1), "per_head", {"alpha", "alpha_hop", *READ_LAST}),
+    ],
+)
+def test_a_loss_trains_what_it_should_and_nothing_else(
+    backbone: model.Backbone, supervised: packing.Batch, losses: LossConfig, scoring: str, without: set[str]
+) -> None:
+    module = warmstart.WarmStart(backbone, LossConfig(), POOLED, scoring)
+    module(supervised, losses)["total"].backward()
+    assert without_gradient(module) == without
 
 
 def test_hop_supervision_parts_the_layers(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
@@ -145,36 +186,47 @@ def test_the_loss_falls_and_answers_are_learnt(backbone: model.Backbone, worlds:
     assert last["answer_token_accuracy"] > 0.9
 
 
+STAGES = [
+    {"name": "reading", "share": 0.34, "losses": {"answer": 1.0}, "world_chunks": 3, "binding": 1.0, "learning_rate_factor": 2.0},
+    {"name": "joint", "share": 0.66, "growth": 1.0},
+]
+
+
 @pytest.mark.parametrize("source", ["synthetic", "questions"])
-def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, source: str) -> None:
+def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, source: str) -> None:
+    """With every part of the recipe that could carry a state from step to step."""
+    settings = config(distractors=1, questions=2, stages=STAGES, extra_chunks=3, retrieval_scoring="mixture", name_parts=[2, 3])
+    recipe = settings.backbone.warmstart
+
     def fresh() -> tuple[warmstart.WarmStart, warmstart.Optimizers, curriculum.Batches]:
         backbone = model.load(str(folder), device="cpu")
         backbone.model.requires_grad_(True)
-        module = warmstart.WarmStart(backbone, LOSSES, POOLED)
-        return module, warmstart.optimizers(module, settings.backbone.warmstart), batches(backbone)
+        module = warmstart.WarmStart(backbone, LOSSES, POOLED, recipe.retrieval_scoring)
+        batches = curriculum.synthetic_batches(settings, backbone) if source == "synthetic" else questions(settings, backbone)
+        return module, warmstart.optimizers(module, recipe), batches
 
-    def batches(backbone: model.Backbone) -> curriculum.Batches:
-        return curriculum.synthetic_batches(settings, backbone) if source == "synthetic" else questions(settings, backbone)
-
-    settings = config(distractors=1, questions=2)
-    recipe = settings.backbone.warmstart
     module, optimizer, made = fresh()
-    kept: dict[str, Any] = {}
+    rows: list[dict[str, float]] = []
 
     def checkpoint(step: int, metrics: dict[str, float]) -> None:
+        rows.append({"step": step, **metrics})
         if step == 4:
-            kept["weights"] = {name: weight.detach().clone() for name, weight in module.named_parameters()}
-            torch.save(optimizer.state_dict(), folder.parent / f"{source}.pt")
+            warmstart.save(module, optimizer, tmp_path, step)
 
     warmstart.train(module, optimizer, made, recipe, checkpoint=checkpoint)
+    assert [(row["step"], row["stage"]) for row in rows] == [(2, 1), (4, 2), (6, 2)]
+    assert "retrieval" not in rows[0]
+    assert rows[1]["retrieval"] > 0
     again, optimizer_again, made_again = fresh()
-    with torch.no_grad():
-        for name, weight in again.named_parameters():
-            weight.copy_(kept["weights"][name])
-    optimizer_again.load_state_dict(torch.load(folder.parent / f"{source}.pt", weights_only=True))
-    warmstart.train(again, optimizer_again, made_again, recipe, start=4)
+    start = warmstart.load(again, optimizer_again, tmp_path)
+    assert start == 4
+    last = warmstart.train(again, optimizer_again, made_again, recipe, start=start)
+    assert {"step": 6, **last} == rows[-1]
     for (name, weight), (_, other) in zip(module.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(weight, other), name
+    (tmp_path / "optimizer-00000.safetensors").unlink()
+    with pytest.raises(WorkflowError, match="0 of 1 optimizer files"):
+        warmstart.load(again, optimizer_again, tmp_path)
 
 
 def questions(settings: Config, backbone: model.Backbone, rank: int = 0, workers: int = 1) -> curriculum.Batches:
@@ -227,9 +279,11 @@ def test_schedule() -> None:
 def test_matrices_go_to_muon_and_the_rest_to_adamw(backbone: model.Backbone) -> None:
     module = warmstart.WarmStart(backbone, LOSSES, POOLED)
     made = warmstart.optimizers(module, config().backbone.warmstart)
-    count = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in (made.muon, made.adamw)]
+    assert isinstance(made.matrices, torch.optim.Muon)
+    count = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in (made.matrices, made.others)]
     assert sum(count) == len(list(module.parameters()))
     assert count[0] == 7 * (backbone.layers + 3)  # q, k, v, o and three of the feed-forward, in every layer
+    assert isinstance(warmstart.optimizers(module, config(optimizer="adamw").backbone.warmstart).matrices, torch.optim.AdamW)
 
 
 def test_left_out_vectors_are_not_scored(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
@@ -280,7 +334,7 @@ def test_looks_point_at_the_bridge_and_at_the_answer(backbone: model.Backbone) -
         curriculum.Asked("is green large", "yes", [2, 1], "ada bell"),
     ]
     settings = config(losses={"answer": 1.0, "retrieval": 1.0, "attention": 1.0}, retrieval_share=1.0)
-    packed = curriculum._pack(backbone, random.Random(0), chunks, asked, settings)
+    packed = curriculum._pack(backbone, random.Random(0), chunks, asked, settings.backbone.warmstart)
     bridge, single, comparison = packed.segments[:3]
     prompt = [len(ids) for ids in backbone.prompt_ids([item.question for item in asked])]
     assert bridge.looks == [Look(prompt[0] - 1, EARLY, [(0, 7), (0, 8)]), Look(prompt[0] - 1, LATE, [(1, 5)])]  # after <bos>
@@ -294,3 +348,248 @@ def test_mini_worlds_grow() -> None:
     recipe = config(steps=100, growth=0.5, world_chunks=9).backbone.warmstart
     sizes = [{curriculum.world_size(random.Random(seed), step, recipe) for seed in range(200)} for step in (0, 25, 50, 99)]
     assert sizes == [{2}, {4, 5, 6, 7, 8}, set(range(6, 13)), set(range(6, 13))]
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_a_function_of_the_step() -> None:
+    recipe = config(steps=100, warmup_steps=0, decay=0.0, growth=0.1, world_chunks=9, bridge=0.25, stages=[
+        {"name": "a", "share": 0.5, "losses": {"answer": 2.0}, "world_chunks": 3, "learning_rate_factor": 0.5},
+        {"name": "b", "share": 0.3, "growth": 0.5, "bridge": 1.0, "binding": 0.0},
+        {"name": "c", "share": 0.2},
+    ]).backbone.warmstart  # fmt: skip
+    found = [curriculum.stage_at(recipe, step) for step in range(100)]
+    assert [(stage.number, stage.name, stage.start, stage.stop) for stage in curriculum.stages(recipe)] == [
+        (1, "a", 0, 50), (2, "b", 50, 80), (3, "c", 80, 100)]  # fmt: skip
+    assert [stage.name for stage in found] == ["a"] * 50 + ["b"] * 30 + ["c"] * 20
+    a, b, c = found[0].recipe, found[50].recipe, found[99].recipe
+    assert (a.losses, b.losses) == (LossConfig(answer=2.0), LOSSES)
+    assert (a.world_chunks, b.world_chunks, a.bridge, b.bridge, b.binding, c.bridge) == (3, 9, 0.25, 1.0, 0.0, 0.25)
+    assert [warmstart.schedule(step, recipe) for step in (0, 49, 50, 99)] == [0.5, 0.5, 1.0, 1.0]
+    sizes = [{curriculum.world_size(random.Random(seed), step, recipe) for seed in range(200)} for step in (0, 10, 50, 65, 80)]
+    assert sizes == [{2}, {2, 3, 4}, {2}, set(range(6, 13)), set(range(6, 13))]
+
+
+def test_one_stage_of_all_the_steps_is_no_stage(backbone: model.Backbone) -> None:
+    plain = curriculum.synthetic_batches(config(growth=0.5), backbone)
+    staged = curriculum.synthetic_batches(config(growth=0.5, stages=[{"name": "all", "share": 1.0}]), backbone)
+    for step in (0, 2, 5):
+        for one, other in zip(plain(step), staged(step), strict=True):
+            assert (one.chunks, one.extra) == (other.chunks, other.extra)
+            assert torch.equal(one.ids, other.ids)
+
+
+@pytest.mark.parametrize(
+    ("warm", "says"),
+    [
+        ({"stages": [{"name": "a", "share": 0.5}]}, "shares sum to 0.5"),
+        ({"stages": [{"name": "a", "share": 0.5}, {"name": "a", "share": 0.5}]}, "different names"),
+        ({"stages": [{"name": "a", "share": 0.9}, {"name": "b", "share": 0.1}]}, "each needs a step"),
+        ({"stages": [{"name": "a", "share": 1.0, "questions": 3}]}, "unknown key 'backbone.warmstart.stages.0.questions'"),
+        ({"shard": True}, "Muon needs whole matrices"),
+        ({"name_parts": [5]}, "name_parts must be null or a list"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_the_users_mistake(warm: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config(**warm)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- the recipe's choices ---------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_is_the_log_of_the_layers_mean_softmax(backbone: model.Backbone, supervised: packing.Batch) -> None:
+    module = warmstart.WarmStart(backbone, LOSSES, POOLED, "mixture")
+    assert module.alpha.mean().item() == pytest.approx(2 * warmstart.WarmStart(backbone, LOSSES, POOLED).alpha.mean().item())
+    scores = torch.randn(len(supervised.gold), supervised.gold.shape[1], backbone.layers, backbone.heads)
+    with torch.no_grad():
+        module.alpha.copy_(torch.rand(module.alpha.shape))
+        found = module._retrieval(scores, supervised.gold)
+        chances = torch.stack([(scores[:, :, layer] * module.alpha[layer]).sum(-1).softmax(-1) for layer in range(backbone.layers)])
+    assert found.item() == pytest.approx(-(supervised.gold * chances.mean(0).log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_names_have_the_words_that_are_asked_for(backbone: model.Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = synthetic.world
+    monkeypatch.setattr(synthetic, "world", lambda *a, **k: asked.append(k["parts"]) or original(*a, **k))
+    drawn = curriculum.synthetic_batches(config(name_parts=[2, 3], batch_size=20), backbone)(0)
+    assert set(asked) == {2, 3}
+    asked.clear()
+    plain = curriculum.synthetic_batches(config(batch_size=20), backbone)(0)
+    assert set(asked) == {2}
+    assert any(one.chunks != other.chunks for one, other in zip(drawn, plain, strict=True))
+    only = curriculum.synthetic_batches(config(name_parts=[2], batch_size=20), backbone)(0)
+    assert [batch.chunks for batch in only] == [batch.chunks for batch in plain]  # the draw is from a stream of its own
+
+
+def test_extra_passages_have_other_names_some_of_them_near() -> None:
+    world = synthetic.world(0, 3, chunks=8, questions=12, binding=1.0)
+    titles = [passage.title for passage in world.passages]
+    made = curriculum.extra_passages(random.Random(0), 0, 60, titles, titles, 2)
+    names = [title for title, _ in made]
+    assert len(made) == len(set(names)) == 60
+    assert not set(names) & set(titles)
+    assert not any(synthetic.is_test_name(name) for name in names)
+    near = [name for name in names if any(len(set(name.split()) ^ set(title.split())) == 2 for title in titles)]
+    assert len(near) >= 3
+    # A near name is also the one in the text: no passage speaks of another entity under its own title.
+    assert sum(title in text for title, text in made) > 50
+    assert curriculum.extra_passages(random.Random(0), 0, 60, titles, titles, 2) == made
+
+
+@pytest.mark.parametrize("source", ["synthetic", "questions"])
+def test_extra_chunks_are_negatives_of_the_scores_alone(backbone: model.Backbone, source: str) -> None:
+    def first(**warm: Any) -> packing.Batch:
+        settings = config(batch_size=2, questions=1, distractors=0, **warm)
+        return (curriculum.synthetic_batches(settings, backbone) if source == "synthetic" else questions(settings, backbone))(0)[0]
+
+    batch, plain = first(extra_chunks=3), first()
+    assert len(batch.extra) == 3
+    assert (batch.chunks, plain.extra) == (plain.chunks, [])
+    assert not any(chunk in batch.chunks for chunk in batch.extra)
+    assert torch.equal(batch.gold[:, :-3], plain.gold)
+    assert batch.gold[:, -3:].sum() == 0
+    assert first(extra_chunks=3, losses={"answer": 1.0}).extra == []
+    module = warmstart.WarmStart(backbone, LOSSES, POOLED)
+    found, without = module(batch), module(plain)
+    assert found["answer"].item() == without["answer"].item()
+    assert found["retrieval"] > without["retrieval"]
+    assert found["hop"] > without["hop"]
+
+
+def test_no_gradient_flows_into_extra_chunks(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
+    """A word that only an extra chunk has keeps its embedding under the retrieval and hop losses; the others' change."""
+    pad = backbone.tokenizer.pad_token_id
+    worlds = worlds[2:]
+    used = {token for world in worlds for ids in (*world.chunks, *(segment.ids for segment in world.segments)) for token in ids}
+    unused = next(token for token in range(4, len(backbone.tokenizer)) if token not in used)
+    batch = collate(worlds, pad, [[1, unused, unused]], [[True] * POOLED])
+    module = warmstart.WarmStart(backbone, LossConfig(answer=0, retrieval=1, hop=1), POOLED)
+    module(batch)["total"].backward()
+    gradient = backbone.model.get_encoder().text_model.embed_tokens.weight.grad
+    assert gradient[unused].abs().sum() == 0
+    assert all(gradient[token].abs().sum() > 0 for token in worlds[0].chunks[0])
+
+
+def test_fresh_worlds_measure_single_hops_and_bridges(backbone: model.Backbone) -> None:
+    settings = config(questions=6)
+    fresh = curriculum.fresh_batches(settings, backbone)
+    assert list(fresh) == ["single", "bridge"]
+    assert torch.equal(fresh["single"].first, fresh["single"].last)
+    assert (fresh["bridge"].first != fresh["bridge"].last).all()
+    module = warmstart.WarmStart(backbone, LOSSES, POOLED).train()
+    found = warmstart.measure(module, fresh)
+    assert set(found) == {"fresh_single_accuracy", "fresh_bridge_accuracy", "fresh_first_hop_accuracy", "fresh_last_hop_accuracy"}
+    assert all(0 <= value <= 1 for value in found.values())
+    assert module.training
+    assert all(weight.grad is None for weight in module.parameters())
+
+
+def test_an_answer_counts_where_all_of_it_is_right() -> None:
+    segment = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 2, -1]])
+    trained = torch.tensor([[False, True, False, True, True], [True, True, False, True, False]])
+    right = torch.tensor([True, True, False, True, True, False])
+    assert warmstart._whole(right, segment, trained).item() == pytest.approx(0.5)
+
+
+def test_checkpointed_layers_give_the_same_gradients(backbone: model.Backbone, supervised: packing.Batch) -> None:
+    module = warmstart.WarmStart(backbone, LossConfig(retrieval=0.5, hop=0.5, attention=0.5), POOLED).train()
+    gradients = []
+    for checkpointed in (False, True):
+        recipe = config(gradient_checkpointing=checkpointed).backbone.warmstart
+        warmstart.place(module, recipe, torch.device("cpu"))
+        module(supervised)["total"].backward()
+        gradients.append({name: weight.grad for name, weight in module.named_parameters()})
+        module.zero_grad(set_to_none=True)
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items() if gradient is not None)
+
+
+def test_bfloat16_is_of_the_arithmetic_alone(backbone: model.Backbone, supervised: packing.Batch) -> None:
+    losses = LossConfig(retrieval=0.5, hop=0.5, attention=0.5)
+    module = warmstart.WarmStart(backbone, losses, POOLED)
+    exact = module(supervised)
+    warmstart.place(module, config(precision="bfloat16").backbone.warmstart, torch.device("cpu"))
+    rough = module(supervised)
+    rough["total"].backward()
+    for name in ("answer", "retrieval", "hop", "attention"):
+        assert rough[name].dtype == torch.float32
+        assert rough[name].item() != exact[name].item()
+        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.05)
+    assert all(weight.dtype == torch.float32 == weight.grad.dtype for weight in module.parameters() if weight.grad is not None)
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+SHARDED = {"optimizer": "adamw", "matrix_learning_rate": 3e-3, "extra_chunks": 2, "batch_size": 2, "micro_batch": 1, "questions": 3,
+           "stages": [{"name": "reading", "share": 0.34, "losses": {"answer": 1.0}},
+                      {"name": "joint", "share": 0.66, "losses": {"retrieval": 0.5, "hop": 0.5, "attention": 0.5}}],
+           "steps": 3, "checkpoint_every": 1, "warmup_steps": 0, "workers": 2}  # fmt: skip
+
+
+def one_process(rank: int, folder: str, place: str) -> None:
+    """Trains thrice: with whole weights, with sharded ones, and with sharded ones from the second's checkpoint on."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+
+    def reduce(tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= 2
+
+    for name, options in (("whole", {}), ("sharded", {"shard": True}), ("again", {"shard": True, "gradient_checkpointing": True})):
+        settings = config(**SHARDED, **options)
+        recipe = settings.backbone.warmstart
+        backbone = model.load(folder, device="cpu")
+        backbone.model.requires_grad_(True)
+        module = warmstart.WarmStart(backbone, recipe.losses, POOLED)
+        warmstart.place(module, recipe, torch.device("cpu"), 2)
+        optimizer = warmstart.optimizers(module, recipe)
+        start = warmstart.load(module, optimizer, Path(place, "sharded-2")) if name == "again" else 0
+        fresh = curriculum.fresh_batches(settings, backbone)
+        rows: list[dict[str, float]] = []
+
+        def checkpoint(step: int, metrics: dict[str, float]) -> None:
+            rows.append({"step": step, **metrics, **(warmstart.measure(module, fresh) if step == 2 else {})})  # noqa: B023
+            target = Path(place, f"{name}-{step}")  # noqa: B023
+            target.mkdir(exist_ok=True)
+            warmstart.save(module, optimizer, target, step, rank, 2)  # noqa: B023
+            torch.distributed.barrier()
+
+        made = curriculum.synthetic_batches(settings, backbone, rank, 2)
+        warmstart.train(module, optimizer, made, recipe, start=start, reduce=reduce, checkpoint=checkpoint)
+        if rank == 0:
+            torch.save(rows, Path(place, f"{name}.rows"))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_train_like_whole_ones_and_go_on_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_process, (str(folder), str(tmp_path)), nprocs=2)
+    rows = {name: torch.load(tmp_path / f"{name}.rows", weights_only=True) for name in ("whole", "sharded", "again")}
+    assert [row["step"] for row in rows["sharded"]] == [1, 2, 3]
+    for one, other in zip(rows["whole"], rows["sharded"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert rows["again"] == rows["sharded"][2:]
+    assert sorted(path.name for path in (tmp_path / "sharded-2").iterdir()) == [
+        "optimizer-00000.safetensors", "optimizer-00001.safetensors", "weights-00000.safetensors", "weights-00001.safetensors"]  # fmt: skip
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        """As one process reads them, weights and the optimizer's state."""
+        backbone = model.load(str(folder), device="cpu")
+        backbone.model.requires_grad_(True)
+        module = warmstart.WarmStart(backbone, LOSSES, POOLED)
+        optimizer = warmstart.optimizers(module, config(**SHARDED).backbone.warmstart)
+        assert warmstart.load(module, optimizer, tmp_path / name) == 3
+        assert all(values["exp_avg"].shape == parameter.shape for parameter, values in optimizer.states() if values)
+        return {name: weight.detach() for name, weight in module.named_parameters()}
+
+    whole, sharded, again = weights("whole-3"), weights("sharded-3"), weights("again-3")
+    for name, weight in sharded.items():
+        assert torch.equal(weight, again[name]), name
+        assert torch.allclose(weight, whole[name], atol=1e-4), name
+    (tmp_path / "sharded-3" / "weights-00001.safetensors").unlink()
+    with pytest.raises(WorkflowError, match="1 of 2 weights files"):
+        weights("sharded-3")

@@ -1,7 +1,9 @@
-"""workflows/warmstart.py: what it plans, what it refuses, and that a killed run ends with the weights of an uninterrupted one."""
+"""workflows/warmstart.py: its plan, that a killed run ends with the weights of an uninterrupted one, and the paper's recipe."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import subprocess
@@ -10,14 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
-from intra import lineage, storage
-from intra.backbone import curriculum, model
+from intra import lineage, storage, tracking
+from intra.backbone import curriculum, locate, model, tiny
 from intra.backbone import warmstart as training
-from intra.config import Config, load
+from intra.config import ArchitectureConfig, Config, SyntheticConfig, load
+from intra.data import synthetic
+from intra.data.schema import read_pool, read_questions
 from intra.errors import UserError
 from workflows import prepare, warmstart
 
@@ -29,7 +34,8 @@ VALUES: dict[str, Any] = {
         "architecture": {"hidden_size": 16, "intermediate_size": 16, "encoder_layers": 1, "decoder_layers": 2, "heads": 2, "kv_heads": 1,
                          "head_dim": 8, "vocabulary": 2048},
         "warmstart": {"steps": 6, "batch_size": 2, "micro_batch": 1, "questions": 3, "world_chunks": 4, "checkpoint_every": 2,
-                      "warmup_steps": 2, "losses": {"retrieval": 0.5, "hop": 0.5}},
+                      "warmup_steps": 2, "losses": {"retrieval": 0.5, "hop": 0.5},
+                      "stages": [{"name": "reading", "share": 0.5, "losses": {"answer": 1.0}}, {"name": "joint", "share": 0.5}]},
         "answer_tokens": 4,
     },
 }  # fmt: skip
@@ -54,18 +60,42 @@ def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def trained_without_ray(config: Config) -> dict[str, torch.Tensor]:
-    """The weights of an uninterrupted run in this process, by plain PyTorch."""
+def trained_without_ray(config: Config) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The weights of an uninterrupted run in this process, by plain PyTorch, all workers' share and unsharded; and its metrics."""
     torch.set_num_threads(1)
-    module = warmstart._module(config)
+    dataset = lineage.dataset(config).url
+    module = warmstart._module(config, dataset)
     recipe = config.backbone.warmstart
-    training.train(module, training.optimizers(module, recipe), curriculum.synthetic_batches(config, module.backbone), recipe)
-    return dict(module.backbone.model.named_parameters())
+    training.place(module, recipe, torch.device("cpu"))
+    batches = (
+        curriculum.synthetic_batches(config, module.backbone)
+        if config.data.source == "synthetic"
+        else curriculum.question_batches(config, module.backbone, read_pool(dataset), read_questions(dataset, "train"))
+    )
+    rows: list[dict[str, float]] = []
+    training.train(
+        module,
+        training.optimizers(module, recipe),
+        batches,
+        recipe,
+        checkpoint=lambda step, metrics: rows.append({"step": step, **metrics}),
+    )
+    return dict(module.backbone.model.named_parameters()), rows
+
+
+def registered(checkpoints: Path) -> bool:
+    """Whether Ray Train has noted a checkpoint, so that the next run goes on from it."""
+    return any("checkpoint_" in path.read_text() for path in checkpoints.rglob("checkpoint_manager_snapshot.json"))
+
+
+def curve(artifact: lineage.Artifact) -> list[dict[str, Any]]:
+    return list(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path("curve.parquet")))).to_pylist())
 
 
 def test_the_plan_makes_nothing(config: Config, tmp_path: Path) -> None:
     (line,) = warmstart.plan(config)
     assert "6 steps of 2 worlds" in line
+    assert "stage reading 50%; stage joint 50%" in line
     assert "waits for the dataset" in line
     assert not (tmp_path / "root").exists()
 
@@ -87,24 +117,43 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(config: Config, 
     checkpoints = Path(f"{artifact.url}.training")
     killed = start(tmp_path / "small.yaml", "backbone.warmstart.checkpoint_every=1")
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not list(checkpoints.rglob("weights.safetensors")) and killed.poll() is None:
+    while time.monotonic() < deadline and not registered(checkpoints) and killed.poll() is None:
         time.sleep(0.02)
     assert killed.poll() is None, killed.communicate()[1]
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert not artifact.complete()
-    assert list(checkpoints.rglob("weights.safetensors"))
+    assert list(checkpoints.rglob("weights-*.safetensors"))
 
     again = start(tmp_path / "small.yaml")
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert output.splitlines()[-1] == artifact.url
+    assert "step/s" not in errors  # the bar is for terminals
     assert artifact.complete()
     assert not checkpoints.exists()
     backbone = model.load(artifact.url)
     found = dict(backbone.model.named_parameters())
-    for name, weight in trained_without_ray(config).items():
+    weights, rows = trained_without_ray(config)
+    for name, weight in weights.items():
         assert torch.equal(found[name], weight), name
+
+    # The curve is whole: rows of the killed run, one a step, then those of the second one.
+    written = curve(artifact)
+    steps = [row["step"] for row in written]
+    assert steps[0] == 1
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6
+    assert [(row["stage"], row["stage_name"]) for row in written] == [(1, "reading") if step <= 3 else (2, "joint") for step in steps]
+    assert written[-1]["retrieval"] == pytest.approx(rows[-1]["retrieval"])
+    assert written[0]["retrieval"] is None
+    assert all(0 <= row["fresh_single_accuracy"] <= 1 for row in written)
+    assert storage.read_bytes(artifact.path("curve.png")).startswith(b"\x89PNG")
+    client = tracking._client(tracking.place(config)[0])
+    (experiment,) = [item for item in client.search_experiments() if item.name == "small"]
+    last = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])[0].info.run_id
+    assert [item.step for item in client.get_metric_history(last, "stage")] == steps  # the last run has all of it
+    assert {"curve.parquet", "curve.png"} <= {item.path for item in client.list_artifacts(last)}
 
     card = storage.read_bytes(artifact.path("README.md")).decode()
     assert "not** pretrained only for generation" in card
@@ -112,3 +161,82 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(config: Config, 
     assert len(backbone.answer(backbone.prompt_ids(["Who?"]), backbone.pack([backbone.encode(backbone.tokenize(["Ada."]))]), 3)) == 1
     assert warmstart.run(config) == artifact.url  # complete: at once
     assert "is complete" in warmstart.plan(config)[0]
+
+
+def test_the_curve_is_not_part_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5gemma2"}))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = locate.digest(str(tmp_path))
+    rows = [{"run": "r", "step": 1, "stage": 1.0, "total": 2.0}, {"run": "r", "step": 2, "stage": 2.0, "total": 1.0, "hop": 0.5}]
+    (tmp_path / "curve.png").write_bytes(warmstart._figure(rows, {0: "reading", 1: "joint"}))
+    (tmp_path / "curve.parquet").write_bytes(b"curve")
+    assert locate.digest(str(tmp_path)) == before
+    assert warmstart._curve(rows, ["reading", "joint"]).to_pylist() == [
+        {"step": 1, "stage": 1, "stage_name": "reading", "total": 2.0, "hop": None},
+        {"step": 2, "stage": 2, "stage_name": "joint", "total": 1.0, "hop": 0.5},
+    ]
+
+
+def test_a_terminal_sees_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(warmstart, "POLL", 0.01)
+    progress = str(tmp_path / "progress.json")
+    storage.write_json(progress, 900)  # of a run that was cut off
+    with warmstart._bar(1000, progress):
+        assert not storage.exists(progress)
+        storage.write_json(progress, 400)
+        time.sleep(0.2)
+        storage.write_json(progress, 1000)
+    shown = capsys.readouterr().err
+    assert "400/1000" in shown
+    assert "1000/1000" in shown
+    assert "900/1000" not in shown
+    with warmstart._bar(1000, None):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_the_papers_recipe_trains_a_tiny_model_on_two_workers(tmp_path: Path) -> None:
+    """configs/paper.yaml as it stands but for sizes: sharded, bfloat16, checkpointed layers, AdamW, both stages, real-data batches."""
+    data, folder = tmp_path / "data", tmp_path / "tiny"
+    passages, questions = synthetic.generate(SyntheticConfig(chunks=60, train_questions=24, test_questions=6), 0)
+    (data / "questions").mkdir(parents=True)
+    texts = [{"id": item.passage_id, "title": item.title, "text": item.text} for item in passages]
+    (data / "passages.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    for split in ("train", "test"):
+        rows = [{"id": item.question_id, "question": item.question, "answers": list(item.answers), "gold_ids": list(item.gold_ids)}
+                for item in questions if item.split == split]  # fmt: skip
+        (data / "questions" / f"b.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shape = ArchitectureConfig(hidden_size=16, intermediate_size=16, encoder_layers=1, decoder_layers=2, heads=2, kv_heads=1, head_dim=8)
+    tokenizer = tiny.train_tokenizer([" ".join(synthetic.vocabulary())], shape)
+    tiny.save(tiny.build(shape, tokenizer, 0), tokenizer, folder)
+    config = load(REPOSITORY / "configs" / "paper.yaml", [
+        f"root={tmp_path / 'root'}", f"data.path={data}", "data.passages=passages.jsonl", f"backbone.model={folder}",
+        "backbone.warmstart.workers=2", "backbone.warmstart.gpus_per_worker=0", "backbone.warmstart.steps=4",
+        "backbone.warmstart.batch_size=4", "backbone.warmstart.micro_batch=2", "backbone.warmstart.checkpoint_every=2",
+        "backbone.warmstart.warmup_steps=0", "backbone.answer_tokens=2",
+    ])  # fmt: skip
+    recipe = config.backbone.warmstart
+    assert (recipe.shard, recipe.precision, recipe.gradient_checkpointing, recipe.optimizer) == (True, "bfloat16", True, "adamw")
+    assert [stage.name for stage in recipe.stages or []] == ["reading", "joint"]
+    assert "2 workers that share the weights" in warmstart.plan(config)[0]
+    prepare.run(config)
+    artifact = lineage.backbone(config)
+    import ray
+
+    ours = not ray.is_initialized()
+    try:
+        assert warmstart.run(config) == artifact.url
+    finally:
+        if ours:
+            ray.shutdown()
+    written = curve(artifact)
+    weights, rows = trained_without_ray(config)
+    assert [row["step"] for row in written] == [row["step"] for row in rows] == [2, 3, 4]
+    for one, other in zip(written, rows, strict=True):
+        for name in ("total", "answer", "retrieval", "hop"):
+            assert one.get(name) == (pytest.approx(other[name], rel=0.01) if name in other else None)
+    found = dict(model.load(artifact.url).model.named_parameters())
+    moved = max((found[name] - weight).abs().max().item() for name, weight in weights.items())
+    assert moved < 0.01  # bfloat16 of the artifact, and of the arithmetic
+    assert "AdamW" in storage.read_bytes(artifact.path("README.md")).decode()
