@@ -508,18 +508,21 @@ def test_checkpointed_layers_give_the_same_gradients(backbone: model.Backbone, s
     assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items() if gradient is not None)
 
 
-def test_bfloat16_is_of_the_arithmetic_alone(backbone: model.Backbone, supervised: packing.Batch) -> None:
-    losses = LossConfig(retrieval=0.5, hop=0.5, attention=0.5)
-    module = warmstart.WarmStart(backbone, losses, POOLED)
-    exact = module(supervised)
-    warmstart.place(module, config(precision="bfloat16").backbone.warmstart, torch.device("cpu"))
-    rough = module(supervised)
+def test_bfloat16_is_of_the_arithmetic_alone(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
+    worlds[0].segments[0].looks = [Look(3, EARLY, [(1, 0), (2, 1)]), Look(3, LATE, [(0, 1)])]
+    batch = collate(worlds, backbone.tokenizer.pad_token_id, worlds[0].chunks, worlds[0].kept)
+    module = warmstart.WarmStart(backbone, LossConfig(retrieval=0.5, hop=0.5, attention=0.5), POOLED).train()
+    exact = module(batch)
+    recipe = config(precision="bfloat16", gradient_checkpointing=True).backbone.warmstart
+    warmstart.place(module, recipe, torch.device("cpu"))
+    rough = module(batch)
     rough["total"].backward()
     for name in ("answer", "retrieval", "hop", "attention"):
         assert rough[name].dtype == torch.float32
         assert rough[name].item() != exact[name].item()
         assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.05)
     assert all(weight.dtype == torch.float32 == weight.grad.dtype for weight in module.parameters() if weight.grad is not None)
+    assert without_gradient(module) == set()
 
 
 # -- two processes ----------------------------------------------------------------------------------------------------
