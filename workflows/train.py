@@ -4,9 +4,10 @@
     ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/train.py --config configs/paper.yaml root=s3://bucket/run
 
 Needs the dataset (workflows/prepare.py) and the store (workflows/encode.py). Makes <root>/retriever/<fingerprint>/: model.safetensors,
-config.json, README.md, curve.parquet, initial/ (S_0 of the training questions) and, last, manifest.json. Cut off at any point, the same
-command goes on from the last checkpoint, to the same bytes; they do not depend on `retriever.train.workers`. Checkpoints lie beside the
-artifact, in <root>/retriever/<fingerprint>.training, until it is complete.
+config.json, README.md, curve.parquet, initial/ (S_0 of the training questions), bm25/ (their BM25 ranking, where
+`retriever.train.bm25_negatives` asks for it) and, last, manifest.json. Cut off at any point, the same command goes on from the last
+checkpoint, to the same bytes; they do not depend on `retriever.train.workers`. Checkpoints lie beside the artifact, in
+<root>/retriever/<fingerprint>.training, until it is complete.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
+from intra.method import Method
 
 CURVE = "curve.parquet"
 INITIAL = "initial"
+BM25 = "bm25"
 POLL = 2.0  # seconds between two looks at the checkpoints, for the progress bar
 
 
@@ -42,9 +45,10 @@ def plan(config: Config) -> list[str]:
     artifact, settings = lineage.retriever(config), config.retriever
     layers, heads, hidden_size = _shape(config)
     questions = sum(splits.get("train", 0) for splits in lineage.dataset(config).manifest()["questions"].values())
+    frozen = "" if settings.train.train_tokens else "the weights alone are trained; "
     size = (
         f"{settings.tokens} tokens x {hidden_size} + {layers} layers x {heads} heads = {settings.tokens * hidden_size + layers * heads:,} "
-        f"parameters; {settings.train.steps:,} steps of {settings.train.batch_size} of {questions:,} questions"
+        f"parameters; {frozen}{settings.train.steps:,} steps of {settings.train.batch_size} of {questions:,} questions"
     )
     if artifact.complete():
         return [f"train: retriever {artifact.url} is complete ({size})"]
@@ -247,10 +251,19 @@ def _worker(settings: dict[str, Any]) -> None:
         backbone, store, questions, negatives.depth(questions, config.retriever.initial_context, recipe.hard_negatives),
         config.retriever.initial_scoring, config.retriever.tile_chunks, storage.join(settings["artifact"], INITIAL), workers,
     )  # fmt: skip
+    lexical_rows: list[negatives.Rows] = [()] * len(questions)
+    if recipe.bm25_negatives:
+        lexical_rows = training.method_rows(
+            lambda: _bm25(settings["dataset"]), store.row_of, questions,
+            negatives.bm25_depth(questions, recipe.bm25_negatives, recipe.bm25_skip), storage.join(settings["artifact"], BM25), workers,
+        )  # fmt: skip
     examples = [
-        negatives.example(question, store.row_of, mine, config.retriever.initial_context, recipe.hard_negatives)
-        for question, mine in zip(questions, rows, strict=True)
-    ]
+        negatives.example(
+            question, store.row_of, mine, config.retriever.initial_context, recipe.hard_negatives, lexical, recipe.bm25_negatives,
+            recipe.bm25_skip,
+        )
+        for question, mine, lexical in zip(questions, rows, lexical_rows, strict=True)
+    ]  # fmt: skip
     shape = RetrieverSettings(
         tokens=config.retriever.tokens,
         layers=backbone.layers,
@@ -260,6 +273,7 @@ def _worker(settings: dict[str, Any]) -> None:
         initial_context=config.retriever.initial_context,
         initial_scoring=config.retriever.initial_scoring,
         scoring=config.retriever.scoring,
+        temperature=recipe.temperature,
         backbone=fingerprint,
         store=settings["store_fingerprint"],
     )
@@ -282,6 +296,16 @@ def _worker(settings: dict[str, Any]) -> None:
     if rank == 0:
         trainer.retriever.save_pretrained(settings["artifact"], run=tracking.resolved(config))
         storage.write_bytes(storage.join(settings["artifact"], CURVE), to_parquet(training.curve_table(trainer)))
+
+
+def _bm25(dataset: str) -> Method:
+    """BM25 with its index over the dataset's pool."""
+    from intra.baselines.lexical import BM25
+    from intra.data.schema import read_pool
+
+    method = BM25()
+    method.index(read_pool(dataset))
+    return method
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Which chunks a micro-batch's softmax runs over, and which of them are gold for which question.
 
-Candidates = every gold chunk of its questions, each question's hard negatives (its best chunks by S_0 that are not gold), and chunks
-drawn uniformly from the pool, shared by the micro-batch. Each chunk stands once. A chunk that is gold for a question is a positive for it
-however it came in, so no question ever counts its own gold, or an equivalent of it, as a negative.
+Candidates = every gold chunk of its questions, each question's hard negatives (its best chunks by S_0 that are not gold, and those by BM25
+behind its first ranks), and chunks drawn uniformly from the pool, shared by the micro-batch. Each chunk stands once. A chunk that is gold
+for a question is a positive for it however it came in, so no question ever counts its own gold, or an equivalent of it, as a negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor
 from intra.data.schema import Question
 from intra.errors import UserError
 
+Rows = Sequence[int]  # of the pool; where there are many, an array of 4 bytes each
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -25,8 +28,8 @@ class Example:
     question_id: str
     question: str
     gold: tuple[tuple[int, ...], ...]  # a group per gold passage
-    context: tuple[int, ...]  # S_0's first n_0, best first
-    hard: tuple[int, ...]  # S_0's best that are not gold
+    context: Rows  # S_0's first n_0, best first
+    hard: Rows  # negatives mined for it: none is gold, each stands once
 
     @property
     def positives(self) -> set[int]:
@@ -36,12 +39,24 @@ class Example:
 
 def depth(questions: Sequence[Question], initial_context: int, hard_negatives: int) -> int:
     """How deep S_0 must be so that every question finds its context and its hard negatives in it."""
-    most_gold = max((sum(len(group) for group in question.gold) for question in questions), default=0)
-    return max(initial_context, hard_negatives + most_gold if hard_negatives else 0)
+    return max(initial_context, hard_negatives + _most_gold(questions) if hard_negatives else 0)
 
 
-def example(question: Question, row_of: dict[str, int], initial: Sequence[int], initial_context: int, hard_negatives: int) -> Example:
-    """`initial`: rows of the pool, best first by S_0. Raises UserError for a question without gold or with gold outside the store."""
+def bm25_depth(questions: Sequence[Question], bm25_negatives: int, bm25_skip: int) -> int:
+    """How deep BM25's ranking must be so that every question finds its negatives in it."""
+    return bm25_skip + bm25_negatives + _most_gold(questions)
+
+
+def _most_gold(questions: Sequence[Question]) -> int:
+    return max((sum(len(group) for group in question.gold) for question in questions), default=0)
+
+
+def example(
+    question: Question, row_of: Mapping[str, int], initial: Rows, initial_context: int, hard_negatives: int,
+    bm25: Rows = (), bm25_negatives: int = 0, bm25_skip: int = 0,
+) -> Example:  # fmt: skip
+    """`initial` and `bm25`: rows of the pool, best first. Of `bm25` the first `bm25_skip` rows are left out: they may be evidence that
+    nobody marked. Raises UserError for a question without gold or with gold outside the store."""
     if not question.gold or not all(question.gold):
         raise UserError(f"question {question.question_id}: it has no gold chunk to train on; run workflows/prepare.py again")
     try:
@@ -50,7 +65,8 @@ def example(question: Question, row_of: dict[str, int], initial: Sequence[int], 
         raise UserError(f"question {question.question_id}: gold chunk {error} is not in the chunk store; run workflows/encode.py") from None
     positives = {row for group in gold for row in group}
     hard = [row for row in initial if row not in positives][:hard_negatives]
-    return Example(question.question_id, question.question, gold, tuple(initial[:initial_context]), tuple(hard))
+    hard += [row for row in bm25[bm25_skip:] if row not in positives][:bm25_negatives]
+    return Example(question.question_id, question.question, gold, array("i", initial[:initial_context]), array("i", dict.fromkeys(hard)))
 
 
 def order(questions: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from intra import storage
 from intra.errors import UserError
 from intra.retrieval import scoring
+from intra.retrieval.scoring import Scorer
 
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone, Memory
@@ -28,6 +29,7 @@ CONFIG = "config.json"
 CARD = "README.md"
 MODEL_TYPE = "intra-retriever"
 NOISE = 0.1  # of the tokens at the start, in standard deviations of the embedding they start from
+SCORINGS = ("per_head", "mixture", "mixed")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class RetrieverSettings:
     pooled_length: int  # L_p
     initial_context: int  # n_0
     initial_scoring: str  # dot | cosine | whitened
-    scoring: str  # per_head
+    scoring: str  # per_head | mixture | mixed
     backbone: str  # fingerprint
     store: str  # fingerprint
+    temperature: float = 1.0  # what the components of a score are divided by
 
 
 class Retriever(nn.Module):  # type: ignore[misc]
@@ -51,6 +54,9 @@ class Retriever(nn.Module):  # type: ignore[misc]
     weights: Parameter float32 [layers, heads], alpha of App. B.1."""
 
     def __init__(self, settings: RetrieverSettings) -> None:
+        """Raises ValueError for a scoring there is not."""
+        if settings.scoring not in SCORINGS:
+            raise ValueError(f"scoring '{settings.scoring}' is none of {', '.join(SCORINGS)}")
         super().__init__()
         self.settings = settings
         self.tokens = nn.Parameter(torch.zeros(settings.tokens, settings.hidden_size))
@@ -73,16 +79,21 @@ class Retriever(nn.Module):  # type: ignore[misc]
             retriever.tokens.copy_(start + NOISE * start.std() * noise)
         return retriever
 
+    def scorer(self, queries: Tensor, backbone: Backbone) -> Scorer:
+        """The components of any chunks' scores for queries [B, L, H, R, e] (`scoring.scorer`), with this retriever's weights."""
+        return scoring.scorer(self.settings.scoring, queries, backbone, self.weights.to(queries.device), self.settings.temperature)
+
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def calibrate(self, backbone: Backbone, prompt_ids: list[list[int]], memory: Memory, pooled: Tensor) -> None:
-        """Sets every weight to the one value that gives s_i a standard deviation of 1 over the chunks of `pooled` [N, P, d].
+        """Sets every weight to the one value with which a component's scores have standard deviation 1 over `pooled` [N, P, d].
 
-        Questions are averaged. Weights of 0 would give the tokens no gradient, and a wide spread a softmax that is all one
-        chunk. Raises UserError where the scores do not differ at all.
+        Components and questions are averaged. The temperature divides these scores: the softmax starts from a spread of
+        1 / temperature. Weights of 0 would give the tokens no gradient. Raises UserError where the scores do not differ at all.
         """
+        self.weights.fill_(1.0)
         queries = backbone.queries(prompt_ids, self.tokens.to(backbone.device), memory)
-        total = scoring.per_head(queries, pooled, backbone).sum(dim=(1, 2))
-        spread = float(total.std(dim=1).mean())
+        components = self.scorer(queries, backbone)(pooled) * self.settings.temperature
+        spread = float(components.std(dim=2).mean())
         if not spread > 0:
             raise UserError("retriever: the backbone scores every chunk alike, so there is nothing to train on; check backbone.model")
         self.weights.fill_(1 / spread)
@@ -126,7 +137,7 @@ class Retriever(nn.Module):  # type: ignore[misc]
                 raise UserError(f"retriever {folder}: no {name}; run workflows/train.py, or name the folder it made") from None
         try:
             values = json.loads(content[CONFIG])
-            settings = RetrieverSettings(**{field.name: values[field.name] for field in fields(RetrieverSettings)})
+            settings = RetrieverSettings(**{field.name: values[field.name] for field in fields(RetrieverSettings) if field.name in values})
             retriever = cls(settings)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise UserError(f"{files[CONFIG]}: not the settings of a retriever ({_line(error)}); train it again") from None
@@ -141,6 +152,7 @@ class Retriever(nn.Module):  # type: ignore[misc]
     def _card(self) -> str:
         settings = self.settings
         rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(settings).items())
+        variant = "" if settings.scoring == "per_head" else f" Its scoring `{settings.scoring}` is not the paper's score."
         return f"""---
 library_name: intra
 license: apache-2.0
@@ -149,7 +161,7 @@ tags: [retrieval, intra]
 # INTRA retriever
 
 {settings.tokens} retrieval tokens of width {settings.hidden_size} and {settings.layers} x {settings.heads} layer and head weights
-(arXiv 2605.05806, sections 3.1 and 3.2) for one frozen encoder-decoder and one chunk store; it fits no other.
+(arXiv 2605.05806, sections 3.1 and 3.2) for one frozen encoder-decoder and one chunk store; it fits no other.{variant}
 
 | setting | value |
 |---|---|

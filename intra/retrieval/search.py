@@ -9,7 +9,7 @@ every chunk. Each is computed once for a question, whichever method asks first. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +20,12 @@ from intra.data.schema import Pool, Question
 from intra.errors import UserError
 from intra.method import Method, Ranking, Rankings
 from intra.retrieval import initial, scoring
+from intra.retrieval.scoring import Scored
 
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone, Memory
     from intra.retrieval.retriever import Retriever
     from intra.store.reader import ChunkStore
-
-Scored = list[tuple[int, float]]  # (row of the pool, score), best first, equal scores by row
 
 
 class Passes:
@@ -43,6 +42,7 @@ class Passes:
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}
+        self._normalisers: dict[str, Tensor] = {}  # log-normaliser of each component over the pool
 
     def check(self, pool: Pool) -> None:
         """Raises UserError where the store does not hold the pool's chunks in the pool's order."""
@@ -57,26 +57,17 @@ class Passes:
         todo = _lacking(self._initial, questions, min(k, len(self.store)))
         texts = [question.question for question in todo]
         kind = self.retriever.settings.initial_scoring
-        found = (
-            scored
-            for best in initial.search(self.backbone, self.store, texts, k, kind, self.tile_chunks)
-            for scored in _pairs(best.scores, best.rows)
-        )
+        found = (scored for best in initial.search(self.backbone, self.store, texts, k, kind, self.tile_chunks) for scored in best.pairs())
         self._initial.update(zip((question.question_id for question in todo), found, strict=True))
         return {question.question_id: self._initial[question.question_id] for question in questions}
 
     def intrinsic(self, questions: Sequence[Question], k: int) -> dict[str, Scored]:
         """The k best chunks of the whole pool by s_i (Eq. 4), by question id: raw scores."""
         todo = _lacking(self._intrinsic, questions, min(k, len(self.store)))
-        weights = self.retriever.weights.to(self.backbone.device)
         with torch.no_grad():
             for batch, queries in self._retrieval_pass(todo, "s_i over the pool"):
-                best = scoring.top_k(
-                    self.store.tiles(self.tile_chunks),
-                    lambda pooled, q=queries: scoring.score(q, pooled.to(self.backbone.device), self.backbone, weights),  # type: ignore[misc]
-                    k,
-                )
-                for question, scored in zip(batch, _pairs(best.scores, best.rows), strict=True):
+                best = scoring.top_k(self.store.tiles(self.tile_chunks), self._scores(batch, queries), k)
+                for question, scored in zip(batch, best.pairs(), strict=True):
                     self._intrinsic[question.question_id] = scored
         return {question.question_id: self._intrinsic[question.question_id] for question in questions}
 
@@ -86,17 +77,31 @@ class Passes:
         if n_0 == 0:
             return {question.question_id: [] for question in questions}
         todo = _lacking(self._context, questions, min(n_0, len(self.store)))
-        weights = self.retriever.weights.to(self.backbone.device)
         rows_of = {key: sorted(row for row, _ in scored[:n_0]) for key, scored in self.initial(todo, n_0).items()}
         with torch.no_grad():
             for batch, queries in self._retrieval_pass(todo, "s_i of S_0"):
                 union = sorted({row for question in batch for row in rows_of[question.question_id]})
                 place = {row: index for index, row in enumerate(union)}
-                scores = scoring.score(queries, self.store.pooled(union).to(self.backbone.device), self.backbone, weights).tolist()
+                scores = self._scores(batch, queries)(self.store.pooled(union)).float().tolist()
                 for question, mine in zip(batch, scores, strict=True):
                     scored = [(row, mine[place[row]]) for row in rows_of[question.question_id]]
                     self._context[question.question_id] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))
         return {question.question_id: self._context[question.question_id] for question in questions}
+
+    def _scores(self, batch: Sequence[Question], queries: Tensor) -> Callable[[Tensor], Tensor]:
+        """s_i of any chunks: pooled [n, P, d] -> [B, n]. A mixture's normalisers are taken over the whole pool, once for a question."""
+        scorer = self.retriever.scorer(queries, self.backbone)
+
+        def components(pooled: Tensor) -> Tensor:
+            return scorer(pooled.to(self.backbone.device))
+
+        if self.retriever.settings.scoring != "mixture":
+            return lambda pooled: components(pooled)[:, 0]
+        if any(question.question_id not in self._normalisers for question in batch):
+            found = scoring.log_normalisers(self.store.tiles(self.tile_chunks), components)
+            self._normalisers.update((question.question_id, mine) for question, mine in zip(batch, found, strict=True))
+        normalisers = torch.stack([self._normalisers[question.question_id] for question in batch])
+        return lambda pooled: scoring.log_mixture(components(pooled), normalisers)
 
     def _retrieval_pass(self, questions: Sequence[Question], what: str) -> Iterator[tuple[list[Question], Tensor]]:
         """Batches of questions with their queries [B, L, H, R, e]."""
@@ -199,10 +204,6 @@ def _distinct(scored: Sequence[tuple[int, float]]) -> list[int]:
 
 def _by_rank(rows: Sequence[int], store: ChunkStore, k: int) -> Ranking:
     return [(store.chunk_ids[row], 1.0 / rank) for rank, row in enumerate(rows[:k], start=1)]
-
-
-def _pairs(scores: Tensor, rows: Tensor) -> list[Scored]:
-    return [list(zip(row, score, strict=True)) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
 
 
 def _lacking(known: dict[str, Scored], questions: Sequence[Question], depth: int) -> list[Question]:

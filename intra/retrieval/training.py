@@ -2,19 +2,25 @@
 
     L = mean over questions of  -(1/|O|) sum_{j in O} log softmax(s)_j       over the micro-batch's candidates (paper section 3.2)
 
+For `retriever.scoring=mixture` the probability is that of the mixture, (1/L) sum_l softmax(z_l)_j (intra.retrieval.scoring).
+
 Plain PyTorch: one process by itself, or several that each take a share of a step's micro-batches (`Workers`). A micro-batch's
 gradient does not depend on who computes it, and every process adds all of them in the same order: any number of workers that
 divides them gives the same bits. Everything else a step needs follows from the seed and its number, so a run
 that was killed goes on from its last checkpoint to the same result.
 
-The paper names AdamW, its rate, the warm-up and the number of steps; not stated there, and so ours: linear decay to 0, no weight decay,
-candidates instead of the whole pool, no clipping, and the weights' own rate (`WEIGHTS_RATE`).
+The paper names AdamW, its rate, the warm-up and the number of steps; not stated there, and so ours: the decay to 0, no weight decay,
+candidates instead of the whole pool, no clipping, and the weights' own rate (`weights_rate`: weights start near 1e-3, tokens near 1,
+and Adam moves both by about the rate).
 """
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable, Iterable, Sequence
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,9 +33,11 @@ from intra import storage
 from intra.config import RetrieverTrainConfig
 from intra.data.schema import Question, to_parquet
 from intra.errors import UserError, WorkflowError
+from intra.method import Method
 from intra.retrieval import initial, negatives, scoring
-from intra.retrieval.negatives import Example
+from intra.retrieval.negatives import Example, Rows
 from intra.retrieval.retriever import Retriever, RetrieverSettings
+from intra.retrieval.scoring import Scored
 from intra.retrieval.search import read_context
 
 if TYPE_CHECKING:
@@ -38,10 +46,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("loss", "recall", "learning_rate")  # of the curve; recall: share of gold groups with a chunk in the candidates' top 5
 TOP = 5
-WEIGHTS_RATE = 0.1  # of the learning rate: weights start near 1e-3, tokens near 1, and Adam moves both by about the rate
 CALIBRATION = (8, 256)  # questions and sampled chunks
 NOTHING = "train: the dataset has no training question; check data.train_split and data.benchmarks"
-INITIAL_BLOCK = 1024  # questions whose S_0 is found and stored at once
+BLOCK = 1024  # questions whose negatives are found and stored at once
 
 
 @dataclass(frozen=True)
@@ -74,30 +81,37 @@ def reduce(parts: Tensor) -> Tensor:
     return total
 
 
+def trained(retriever: Retriever, train_tokens: bool) -> list[torch.nn.Parameter]:
+    """What training moves, in the order of the gradient's parts."""
+    return [retriever.tokens, retriever.weights] if train_tokens else [retriever.weights]
+
+
 def micro_gradient(
-    backbone: Backbone, retriever: Retriever, store: ChunkStore, examples: Sequence[Example], sampled: int, key: Sequence[int]
-) -> Tensor:
-    """One micro-batch: float32 [R d + L H + 2] on the CPU: gradients of tokens and weights, loss, recall; summed over its questions.
+    backbone: Backbone, retriever: Retriever, store: ChunkStore, examples: Sequence[Example], sampled: int, key: Sequence[int],
+    train_tokens: bool = True,
+) -> Tensor:  # fmt: skip
+    """One micro-batch: float32 [n + 2] on the CPU: gradients of what is `trained` (n numbers), loss, recall; summed over its questions.
 
     The retriever's parameters keep no gradient, the backbone's never get one.
     """
     rows, gold = negatives.candidates(examples, len(store), sampled, key)
     device = backbone.device
-    tokens = retriever.tokens.detach().to(device).requires_grad_()
+    settings = retriever.settings
+    tokens = retriever.tokens.detach().to(device).requires_grad_(train_tokens)
     weights = retriever.weights.detach().to(device).requires_grad_()
-    memory = read_context(backbone, store, [item.context for item in examples], retriever.settings.initial_context)
+    memory = read_context(backbone, store, [item.context for item in examples], settings.initial_context)
     queries = backbone.queries(backbone.prompt_ids([item.question for item in examples]), tokens, memory)
-    scores = scoring.score(queries, store.pooled(rows).to(device), backbone, weights)
+    components = scoring.scorer(settings.scoring, queries, backbone, weights, settings.temperature)(store.pooled(rows).to(device))
+    scores = scoring.log_mixture(components, torch.logsumexp(components, dim=2))
     loss = cross_entropy(scores, gold.to(device))
-    gradients = torch.autograd.grad(loss, (tokens, weights))
+    gradients = torch.autograd.grad(loss, (tokens, weights) if train_tokens else (weights,))
     recall = _recall(scores.detach().cpu(), rows, examples)
     return torch.cat([*(part.flatten().float().cpu() for part in gradients), torch.tensor([float(loss.detach()), recall])])
 
 
 def cross_entropy(scores: Tensor, gold: Tensor) -> Tensor:
-    """sum over questions of -(1/|O|) sum_{j in O} log softmax(scores)_j; scores [B, N], gold BoolTensor[B, N]."""
-    chosen = torch.log_softmax(scores, dim=1).masked_fill(~gold, 0.0).sum(dim=1)
-    return -(chosen / gold.sum(dim=1)).sum()
+    """sum over questions of -(1/|O|) sum_{j in O} scores_j; scores: log-probabilities [B, N], gold BoolTensor[B, N]."""
+    return -(scores.masked_fill(~gold, 0.0).sum(dim=1) / gold.sum(dim=1)).sum()
 
 
 def _recall(scores: Tensor, rows: Sequence[int], examples: Sequence[Example]) -> float:
@@ -110,11 +124,14 @@ def _recall(scores: Tensor, rows: Sequence[int], examples: Sequence[Example]) ->
 
 
 def rate(step: int, settings: RetrieverTrainConfig) -> float:
-    """The learning rate of a step: linear warm-up, then linear decay that would reach 0 one step after the last."""
+    """The learning rate of a step: linear warm-up, then `schedule`: a line or a half cosine that would reach 0 one step after the last,
+    or the same rate to the end."""
     warmup = min(settings.warmup_steps, settings.steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * (settings.steps - step) / (settings.steps - warmup)
+    left = (settings.steps - step) / (settings.steps - warmup)
+    falling = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+    return settings.learning_rate * falling[settings.schedule]
 
 
 class Trainer:
@@ -134,8 +151,9 @@ class Trainer:
         self.workers = workers or Workers()
         self.done = 0
         self.curve = torch.zeros(settings.steps, len(COLUMNS))
+        self.trained = trained(retriever, settings.train_tokens)
         self.optimizer = torch.optim.AdamW(
-            [{"params": [retriever.tokens]}, {"params": [retriever.weights]}], lr=settings.learning_rate, weight_decay=settings.weight_decay
+            [{"params": [parameter]} for parameter in self.trained], lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
 
     def step(self) -> None:
@@ -146,16 +164,17 @@ class Trainer:
         for micro in range(self.workers.rank * share, (self.workers.rank + 1) * share):
             batch = [self.examples[index] for index in chosen[micro * settings.micro_batch : (micro + 1) * settings.micro_batch]]
             key = (self.seed, 2, step, micro)
-            mine.append(micro_gradient(self.backbone, self.retriever, self.store, batch, settings.sampled_negatives, key))
+            mine.append(
+                micro_gradient(self.backbone, self.retriever, self.store, batch, settings.sampled_negatives, key, settings.train_tokens)
+            )
         total = reduce(self.workers.gather(torch.stack(mine))) / settings.batch_size
         if not torch.isfinite(total).all():
             raise WorkflowError(f"train: step {step}: loss or gradient is not a finite number; lower retriever.train.learning_rate")
-        tokens, weights = self.retriever.tokens, self.retriever.weights
-        tokens.grad = total[: tokens.numel()].view_as(tokens).to(tokens)
-        weights.grad = total[tokens.numel() : -2].view_as(weights).to(weights)
         now = rate(step, settings)
-        self.optimizer.param_groups[0]["lr"] = now
-        self.optimizer.param_groups[1]["lr"] = now * WEIGHTS_RATE
+        gradients = total[:-2].split([parameter.numel() for parameter in self.trained])
+        for parameter, gradient, group in zip(self.trained, gradients, self.optimizer.param_groups, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter)
+            group["lr"] = now * settings.weights_rate if parameter is self.retriever.weights else now
         self.optimizer.step()
         self.curve[step] = torch.tensor([float(total[-2]), float(total[-1]), now])
         self.done += 1
@@ -167,7 +186,7 @@ class Trainer:
         tensors = {"curve": self.curve, "done": torch.tensor(self.done)}
         for name, parameter in self.retriever.named_parameters():
             tensors[name] = parameter.detach()
-            tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
         return bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
     def restore(self, data: bytes) -> None:
@@ -182,7 +201,9 @@ class Trainer:
         for name, parameter in self.retriever.named_parameters():
             parameter.data.copy_(tensors[name])
             prefix = f"{name}."
-            self.optimizer.state[parameter] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = moments
 
 
 def train(trainer: Trainer, checkpoints: str | None, after: Callable[[Trainer], None] | None = None) -> None:
@@ -234,40 +255,62 @@ def curve_table(trainer: Trainer) -> pa.Table:
 
 def initial_rows(
     backbone: Backbone, store: ChunkStore, questions: Sequence[Question], k: int, kind: str, tile_chunks: int, folder: str, workers: Workers
-) -> list[list[int]]:
-    """S_0 of the training questions to depth k: rows of the pool, best first.
+) -> list[Rows]:
+    """S_0 of the training questions to depth k: rows of the pool, best first. Kept below the URL `folder` (`kept_rows`)."""
+
+    def find(block: Sequence[Question]) -> list[Scored]:
+        texts = [question.question for question in block]
+        return [scored for best in initial.search(backbone, store, texts, k, kind, tile_chunks) for scored in best.pairs()]
+
+    return kept_rows(questions, find, folder, workers)
+
+
+def method_rows(
+    make: Callable[[], Method], row_of: Mapping[str, int], questions: Sequence[Question], k: int, folder: str, workers: Workers
+) -> list[Rows]:
+    """The same by another method's ranking, to mine negatives from: its first k chunks, without those it scores 0.
+
+    `make` gives the method with its index; it is called only where a block is missing. Of BM25 a score of 0 means that the chunk
+    shares no word with the question.
+    """
+    made = functools.cache(make)
+
+    def find(block: Sequence[Question]) -> list[Scored]:
+        found = made().search(block, k)
+        return [[(row_of[chunk], score) for chunk, score in found[question.question_id] if score > 0] for question in block]
+
+    return kept_rows(questions, find, folder, workers)
+
+
+def kept_rows(
+    questions: Sequence[Question], find: Callable[[Sequence[Question]], list[Scored]], folder: str, workers: Workers
+) -> list[Rows]:
+    """What `find` gives of every question, rows of the pool with their scores, best first; returns the rows.
 
     Kept below the URL `folder`, a Parquet file per block of questions (question_id, rows, scores): the workers share the blocks, and what
-    is there is not computed again.
+    is there is not computed again. Raises UserError where a file holds other questions.
     """
-    blocks = [questions[first : first + INITIAL_BLOCK] for first in range(0, len(questions), INITIAL_BLOCK)]
+    blocks = [questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)]
     urls = [storage.join(folder, f"{index:05d}.parquet") for index in range(len(blocks))]
     present = set(storage.names(folder))
     for index in range(workers.rank, len(blocks), workers.size):
         if urls[index].rpartition("/")[2] not in present:
-            texts = [question.question for question in blocks[index]]
-            found = list(initial.search(backbone, store, texts, k, kind, tile_chunks))
-            storage.write_bytes(urls[index], to_parquet(_initial_table(blocks[index], found)))
+            storage.write_bytes(urls[index], to_parquet(_rows_table(blocks[index], find(blocks[index]))))
     workers.barrier()
-    rows: list[list[int]] = []
+    rows: list[Rows] = []
     for block, url in zip(blocks, urls, strict=True):
         table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
         if table["question_id"].to_pylist() != [question.question_id for question in block]:
             raise UserError(f"{url}: holds other questions than this run's; delete {folder} and start again")
-        rows += table["rows"].to_pylist()
+        rows += [array("i", mine) for mine in table["rows"].to_pylist()]
     return rows
 
 
-def _initial_table(questions: Sequence[Question], found: Iterable[scoring.TopK]) -> pa.Table:
-    rows: list[list[int]] = []
-    scores: list[list[float]] = []
-    for best in found:
-        rows += best.rows.tolist()
-        scores += best.scores.tolist()
+def _rows_table(questions: Sequence[Question], found: Sequence[Scored]) -> pa.Table:
     return pa.table(
         {
             "question_id": pa.array([question.question_id for question in questions], pa.string()),
-            "rows": pa.array(rows, pa.list_(pa.int32())),
-            "scores": pa.array(scores, pa.list_(pa.float32())),
+            "rows": pa.array([[row for row, _ in scored] for scored in found], pa.list_(pa.int32())),
+            "scores": pa.array([[score for _, score in scored] for scored in found], pa.list_(pa.float32())),
         }
     )

@@ -23,6 +23,7 @@ PEOPLE = [
 ]  # fmt: skip
 TOWNS = ["arden", "berg", "calder", "dorn", "elms", "farrow", "glen", "holt", "innes", "jarrow"]
 POOLED = 3
+SCORINGS = ["per_head", "mixture", "mixed"]
 ARCHITECTURE = ArchitectureConfig(
     hidden_size=32, intermediate_size=48, encoder_layers=1, decoder_layers=2, heads=4, kv_heads=2, head_dim=8, vocabulary=128
 )
@@ -139,9 +140,9 @@ def settings(backbone: model.Backbone, **changes: object) -> RetrieverSettings:
 
 
 @pytest.fixture
-def retriever(backbone: model.Backbone) -> Retriever:
-    """Untrained, with weights of both signs."""
-    made = Retriever.initialise(backbone, settings(backbone), seed=5)
+def retriever(backbone: model.Backbone, request: pytest.FixtureRequest) -> Retriever:
+    """Untrained, with weights of both signs; of the scoring a test asks for by an indirect parameter."""
+    made = Retriever.initialise(backbone, settings(backbone, scoring=getattr(request, "param", "per_head")), seed=5)
     with torch.no_grad():
         made.weights.copy_(torch.randn(made.weights.shape, generator=torch.Generator().manual_seed(2)))
     return made

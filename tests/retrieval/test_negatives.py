@@ -20,9 +20,34 @@ def question(gold: tuple[tuple[str, ...], ...]) -> Question:
 
 def test_example_takes_hard_negatives_that_are_not_gold() -> None:
     item = negatives.example(question((("a", "c"), ("h",))), ROW_OF, [2, 1, 0, 3, 7, 4, 5], 3, 3)
-    assert item.context == (2, 1, 0)
-    assert item.hard == (1, 3, 4)
+    assert tuple(item.context) == (2, 1, 0)
+    assert tuple(item.hard) == (1, 3, 4)
     assert item.positives == {0, 2, 7}
+
+
+def test_bm25_negatives_are_behind_the_first_ranks_and_never_gold_nor_equivalent() -> None:
+    """Gold groups hold the equivalents of a passage and the pieces of a split one: none of them is mined."""
+    asked = question((("a", "c"), ("h",)))
+    ranking = [3, 0, 5, 7, 2, 1, 4, 6]  # d a f h c b e g
+    for skip, expected in ((0, (3, 5, 1)), (1, (5, 1, 4)), (3, (1, 4, 6)), (6, (4, 6)), (8, ())):
+        item = negatives.example(asked, ROW_OF, [], 0, 0, ranking, 3, skip)
+        assert tuple(item.hard) == expected
+        assert not set(item.hard) & (set(ranking[:skip]) | {0, 2, 7})
+    assert not negatives.example(asked, ROW_OF, [], 0, 0, ranking, 0, 0).hard
+
+
+def test_both_kinds_of_negatives_stand_once() -> None:
+    item = negatives.example(question((("a",),)), ROW_OF, [1, 2, 0, 3], 2, 2, [9, 3, 2, 0, 4], 3, 1)
+    assert tuple(item.hard) == (1, 2, 3, 4)
+    assert tuple(item.context) == (1, 2)
+
+
+def test_bm25_is_deep_enough_for_its_negatives() -> None:
+    asked = question((("a", "c"), ("h",)))
+    ranking = [0, 2, 7, *range(10, 30)]
+    for skip in (0, 2, 10):
+        depth = negatives.bm25_depth([asked], 5, skip)
+        assert len(negatives.example(asked, ROW_OF, [], 0, 0, ranking[:depth], 5, skip).hard) == 5
 
 
 def test_initial_is_deep_enough_for_context_and_negatives() -> None:

@@ -10,11 +10,10 @@ import torch
 
 from intra.backbone.model import Backbone
 from intra.errors import UserError
-from intra.retrieval import scoring
 from intra.retrieval.retriever import Retriever
 from intra.retrieval.search import read_context
 
-from .conftest import MemoryStore, settings
+from .conftest import SCORINGS, MemoryStore, settings
 
 
 def test_starts_the_same_for_one_seed_and_near_the_answer_position(backbone: Backbone) -> None:
@@ -26,14 +25,16 @@ def test_starts_the_same_for_one_seed_and_near_the_answer_position(backbone: Bac
     assert len({tuple(row.tolist()) for row in one.tokens}) == len(one.tokens)
 
 
-def test_calibration_spreads_the_scores_by_about_one(backbone: Backbone, store: MemoryStore) -> None:
-    retriever = Retriever.initialise(backbone, settings(backbone), seed=1)
+@pytest.mark.parametrize("kind", SCORINGS)
+def test_calibration_spreads_the_components_by_about_one(kind: str, backbone: Backbone, store: MemoryStore) -> None:
+    """Over the temperature."""
+    retriever = Retriever.initialise(backbone, settings(backbone, scoring=kind, temperature=0.5), seed=1)
     prompts = backbone.prompt_ids(["where was ada born ?", "where was hugo born ?"])
     memory = read_context(backbone, store, [[1, 2], [3]], 4)  # type: ignore[arg-type]
     retriever.calibrate(backbone, prompts, memory, store.vectors)
     with torch.no_grad():
-        scores = scoring.score(backbone.queries(prompts, retriever.tokens, memory), store.vectors, backbone, retriever.weights)
-    assert scores.std(dim=1).mean().item() == pytest.approx(1.0, rel=1e-4)
+        components = retriever.scorer(backbone.queries(prompts, retriever.tokens, memory), backbone)(store.vectors)
+    assert components.std(dim=2).mean().item() == pytest.approx(2.0, rel=1e-4)
     assert len(retriever.weights.unique()) == 1
 
 
@@ -44,6 +45,22 @@ def test_saves_and_loads(retriever: Retriever, root: str) -> None:
     assert loaded.settings == retriever.settings
     assert torch.equal(loaded.tokens, retriever.tokens)
     assert torch.equal(loaded.weights, retriever.weights)
+
+
+def test_files_from_before_there_was_a_temperature_have_none(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save_pretrained(str(tmp_path))
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["temperature"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Retriever.from_pretrained(str(tmp_path)).settings.temperature == 1.0
+
+
+@pytest.mark.parametrize("retriever", SCORINGS, indirect=True)
+def test_the_card_says_what_is_not_the_papers(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert ("not the paper's score" in card) == (retriever.settings.scoring != "per_head")
+    assert Retriever.from_pretrained(str(tmp_path)).settings == retriever.settings
 
 
 def test_card_and_run_are_kept(retriever: Retriever, tmp_path: Path) -> None:
@@ -64,6 +81,9 @@ def test_missing_and_damaged_folders(retriever: Retriever, tmp_path: Path) -> No
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "tokens": 6}))
     with pytest.raises(UserError, match=r"model.safetensors: damaged, or not of the shapes"):
+        Retriever.from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**values, "scoring": "sum"}))
+    with pytest.raises(UserError, match=r"config.json: not the settings .* \(scoring 'sum' is none of per_head, mixture, mixed"):
         Retriever.from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not the settings"):

@@ -14,7 +14,9 @@ from intra.errors import UserError
 from intra.retrieval import initial, search
 from intra.retrieval.retriever import Retriever
 
-from .conftest import MemoryStore, settings
+from .conftest import SCORINGS, MemoryStore, settings
+
+each_scoring = pytest.mark.parametrize("retriever", SCORINGS, indirect=True)
 
 
 def pool_of(ids: list[str]) -> Pool:
@@ -60,6 +62,7 @@ def passes(backbone: Backbone, store: MemoryStore, retriever: Retriever) -> sear
     return search.Passes(backbone, store, retriever, query_batch=4, tile_chunks=16)  # type: ignore[arg-type]
 
 
+@each_scoring
 @pytest.mark.parametrize("k", [1, 3, 5, 20, 60])
 def test_every_method_gives_a_checked_ranking(passes: search.Passes, store: MemoryStore, questions: list[Question], k: int) -> None:
     for each in search.methods(passes):
@@ -67,6 +70,7 @@ def test_every_method_gives_a_checked_ranking(passes: search.Passes, store: Memo
         method.check(each.name, each.search(questions, k), questions, k)
 
 
+@each_scoring
 def test_rankings_are_what_they_are_made_of(passes: search.Passes, questions: list[Question]) -> None:
     intra, maxsim, reranked = (each.search(questions, 12) for each in search.methods(passes, 5, 1))
     raw = search.Intra(passes).raw(questions, 12)
@@ -106,16 +110,20 @@ def test_a_constant_scorer_ranks_by_id(backbone: Backbone, store: MemoryStore, r
         assert [c for c, _ in ranking] == store.chunk_ids[:10]
 
 
+@each_scoring
 def test_passes_are_made_once(passes: search.Passes, store: MemoryStore, questions: list[Question]) -> None:
     for each in search.methods(passes):
         each.search(questions, 10)
     reads = store.tile_reads
-    assert reads == 1 + -(-len(questions) // passes.query_batch)  # S_0, then s_i once a batch
+    batches = -(-len(questions) // passes.query_batch)
+    # S_0, then s_i once a batch; a mixture's normalisers before it, which s_i of S_0 shares.
+    assert reads == 1 + batches * (2 if passes.retriever.settings.scoring == "mixture" else 1)
     for each in search.methods(passes):
         each.search(questions, 5)
     assert store.tile_reads == reads
 
 
+@each_scoring
 def test_query_batch_and_tiles_keep_the_rankings(
     backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question]
 ) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
 from intra import storage
 from intra.backbone.model import Backbone
-from intra.data.schema import Question
+from intra.baselines.lexical import BM25
+from intra.data.schema import POOL_SCHEMA, Pool, Question
 from intra.errors import UserError
 from intra.retrieval import negatives, training
 from intra.retrieval.negatives import Example
 from intra.retrieval.retriever import Retriever
+from intra.retrieval.search import read_context
 from intra.retrieval.training import Trainer, Workers
 
-from .conftest import TRAIN, MemoryStore, settings
+from .conftest import SCORINGS, TRAIN, MemoryStore, settings, world
+from .test_scoring import naive
 
 SEED = 11
 
@@ -36,8 +41,9 @@ def examples(backbone: Backbone, store: MemoryStore, questions: list[Question], 
 def make(backbone: Backbone, store: MemoryStore, examples: list[Example]) -> Callable[..., Trainer]:
     """A fresh trainer, the same each time."""
 
-    def build(workers: Workers | None = None, **changes: object) -> Trainer:
-        retriever = training.start(backbone, store, settings(backbone), examples, SEED)  # type: ignore[arg-type]
+    def build(workers: Workers | None = None, scoring: str = "per_head", temperature: float = 1.0, **changes: object) -> Trainer:
+        shape = settings(backbone, scoring=scoring, temperature=temperature)
+        retriever = training.start(backbone, store, shape, examples, SEED)  # type: ignore[arg-type]
         return Trainer(backbone, store, retriever, examples, TRAIN.model_copy(update=changes), SEED, workers)  # type: ignore[arg-type]
 
     return build
@@ -47,9 +53,12 @@ def parameters(trainer: Trainer) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in trainer.retriever.parameters()]
 
 
-def test_one_step_moves_every_token_and_weight_and_nothing_of_the_backbone(make: Callable[..., Trainer], backbone: Backbone) -> None:
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_one_step_moves_every_token_and_weight_and_nothing_of_the_backbone(
+    scoring: str, make: Callable[..., Trainer], backbone: Backbone
+) -> None:
     frozen = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-    trainer = make()
+    trainer = make(scoring=scoring)
     before = parameters(trainer)
     trainer.step()
     assert (trainer.retriever.tokens.grad.norm(dim=1) > 0).all()
@@ -62,11 +71,54 @@ def test_one_step_moves_every_token_and_weight_and_nothing_of_the_backbone(make:
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in backbone.model.parameters())
 
 
-def test_the_gradient_is_that_of_the_loss(
+def test_the_weights_alone(make: Callable[..., Trainer]) -> None:
+    """The tokens stay, bit by bit; the weights' gradient is the one they have when both are trained."""
+    trainer, both = make(train_tokens=False), make()
+    tokens, weights = parameters(trainer)
+    training.train(trainer, None)
+    both.step()
+    assert trainer.retriever.tokens.grad is None
+    assert torch.equal(trainer.retriever.tokens, tokens)
+    assert (trainer.retriever.weights != weights).all()
+    alone = make(train_tokens=False)
+    alone.step()
+    assert torch.equal(alone.retriever.weights, both.retriever.weights)
+    again = make(train_tokens=False)
+    again.restore(alone.state())
+    assert again.state() == alone.state()
+
+
+def test_the_weights_have_their_own_rate(make: Callable[..., Trainer]) -> None:
+    """Adam's first step is the rate, whatever the gradient's size."""
+    trainer = make(weights_rate=0.25, learning_rate=1e-4, warmup_steps=0)
+    (old_tokens, old_weights), _ = parameters(trainer), trainer.step()
+    tokens, weights = parameters(trainer)
+    assert (tokens - old_tokens).abs().max().item() == pytest.approx(1e-4, rel=0.01)
+    assert (weights - old_weights).abs().max().item() == pytest.approx(0.25e-4, rel=0.01)
+
+
+def test_temperature_divides_the_scores_of_the_softmax(
     make: Callable[..., Trainer], backbone: Backbone, store: MemoryStore, examples: list[Example]
 ) -> None:
+    """Cold training is the warm one with weights multiplied; both start from scores of the same spread."""
+    warm, cold = make(scoring="mixture"), make(scoring="mixture", temperature=0.25)
+    assert torch.equal(warm.retriever.weights, cold.retriever.weights)
+    found = [training.micro_gradient(backbone, cold.retriever, store, examples[:2], 5, (0,))]  # type: ignore[arg-type]
+    with torch.no_grad():
+        warm.retriever.weights *= 4
+    found.append(training.micro_gradient(backbone, warm.retriever, store, examples[:2], 5, (0,)))  # type: ignore[arg-type]
+    tokens = warm.retriever.tokens.numel()
+    torch.testing.assert_close(found[0][-2:], found[1][-2:])
+    torch.testing.assert_close(found[0][:tokens], found[1][:tokens], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0][tokens:-2], found[1][tokens:-2] * 4, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_the_gradient_is_that_of_the_loss(
+    scoring: str, make: Callable[..., Trainer], backbone: Backbone, store: MemoryStore, examples: list[Example]
+) -> None:
     """Finite differences of the loss, along a random direction."""
-    trainer = make()
+    trainer = make(scoring=scoring)
     retriever, batch = trainer.retriever, examples[:3]
     found = training.micro_gradient(backbone, retriever, store, batch, 5, (0,))  # type: ignore[arg-type]
     count = sum(parameter.numel() for parameter in retriever.parameters())
@@ -86,14 +138,31 @@ def test_cross_entropy_is_the_papers() -> None:
     gold = torch.tensor([[True, False, True], [False, True, False]])
     one, two = math.exp(1) + math.exp(2) + math.exp(3), 2 + math.exp(5)
     expected = -(math.log(math.exp(1) / one) + math.log(math.exp(3) / one)) / 2 - math.log(1 / two)
-    assert float(training.cross_entropy(scores, gold)) == pytest.approx(expected)
+    assert float(training.cross_entropy(scores.log_softmax(dim=1), gold)) == pytest.approx(expected)
 
 
-def test_the_loss_falls(make: Callable[..., Trainer]) -> None:
-    trainer = make(steps=40, batch_size=10, learning_rate=0.02)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_the_loss_is_that_of_the_scores_over_the_candidates(
+    scoring: str, make: Callable[..., Trainer], backbone: Backbone, store: MemoryStore, examples: list[Example]
+) -> None:
+    retriever = make(scoring=scoring, temperature=0.5).retriever
+    rows, gold = negatives.candidates(examples[:3], len(store), 5, (0,))
+    memory = read_context(backbone, store, [item.context for item in examples[:3]], 4)  # type: ignore[arg-type]
+    with torch.no_grad():
+        queries = backbone.queries(backbone.prompt_ids([item.question for item in examples[:3]]), retriever.tokens, memory)
+        components = naive(scoring, queries, store.pooled(rows), backbone, retriever.weights) / 0.5
+    scores = components.softmax(dim=2).mean(dim=1).log()
+    expected = -sum(float(mine[positive].mean()) for mine, positive in zip(scores, gold, strict=True))
+    found = training.micro_gradient(backbone, retriever, store, examples[:3], 5, (0,))  # type: ignore[arg-type]
+    assert float(found[-2]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_the_loss_falls(scoring: str, make: Callable[..., Trainer]) -> None:
+    trainer = make(scoring=scoring, steps=30, batch_size=10, learning_rate=0.02)
     training.train(trainer, None)
-    assert trainer.curve[-10:, 0].mean() < trainer.curve[0, 0] - 0.3
-    assert trainer.curve[-10:, 1].mean() > 1.3 * trainer.curve[:3, 1].mean()
+    assert trainer.curve[-10:, 0].mean() < trainer.curve[:3, 0].mean() - 0.2
+    assert trainer.curve[-10:, 1].mean() > trainer.curve[:3, 1].mean()
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -104,7 +173,21 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert training.rate(2, changed.model_copy(update={"steps": 3, "warmup_steps": 100})) == 1.0
 
 
-def test_stopping_and_going_on_gives_the_same_bytes(make: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_schedules_differ_after_the_warm_up_alone() -> None:
+    base = TRAIN.model_copy(update={"steps": 10, "warmup_steps": 2, "learning_rate": 1.0})
+    linear, cosine, constant = (
+        [training.rate(step, base.model_copy(update={"schedule": name})) for step in range(10)] for name in ("linear", "cosine", "constant")
+    )
+    assert linear[:3] == cosine[:3] == constant[:3] == [0.5, 1.0, 1.0]
+    assert constant[2:] == [1.0] * 8
+    assert cosine[2:] == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
+    assert cosine[4] > linear[4]
+    assert cosine[9] < linear[9]
+
+
+@pytest.mark.parametrize("scoring", ["per_head", "mixture"])
+def test_stopping_and_going_on_gives_the_same_bytes(scoring: str, make: Callable[..., Trainer], tmp_path: Path) -> None:
+    make = functools.partial(make, scoring=scoring)
     whole = make()
     training.train(whole, None)
 
@@ -179,7 +262,7 @@ def test_reduce_adds_in_the_order_of_micro_batches() -> None:
 def test_initial_is_kept_and_not_searched_again(
     backbone: Backbone, store: MemoryStore, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "INITIAL_BLOCK", 12)
+    monkeypatch.setattr(training, "BLOCK", 12)
     found = []
     for workers in (Workers(1, 2), Workers(0, 2)):  # neither finds the other's blocks before both are done
         if workers.rank:
@@ -196,6 +279,34 @@ def test_initial_is_kept_and_not_searched_again(
     assert all(len(set(rows)) == 6 for rows in found[0])
     with pytest.raises(UserError, match="holds other questions"):
         training.initial_rows(backbone, store, questions[::-1], 6, "dot", 20, str(tmp_path), Workers())  # type: ignore[arg-type]
+
+
+def test_bm25_is_kept_and_not_indexed_again(
+    store: MemoryStore, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that share no word with the question are no hard negatives; the index is made once, and not at all where all is kept."""
+    monkeypatch.setattr(training, "BLOCK", 12)
+    texts, made = world()[0], []
+
+    def index() -> BM25:
+        made.append(BM25())
+        empty = [""] * len(texts)
+        columns = {"chunk_id": store.chunk_ids, "title": empty, "text": texts, "source": empty, "n_tokens": [1] * len(texts)}
+        made[-1].index(Pool(pa.table(columns, schema=POOL_SCHEMA)))
+        return made[-1]
+
+    found = training.method_rows(index, store.row_of, questions, 7, str(tmp_path), Workers())
+    assert len(made) == 1
+    assert storage.names(str(tmp_path)) == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    expected = made[0].search(questions, 7)
+    for question, rows in zip(questions, found, strict=True):
+        assert list(rows) == [store.row_of[chunk] for chunk, score in expected[question.question_id] if score > 0]
+        words = set(question.question.split()) - {"was", "where", "in", "the", "of", "and"}
+        assert all(words & set(texts[row].split()) for row in rows)
+    assert training.method_rows(index, store.row_of, questions, 7, str(tmp_path), Workers()) == found
+    storage.remove(str(tmp_path / "00001.parquet"))
+    assert training.method_rows(index, store.row_of, questions, 7, str(tmp_path), Workers()) == found
+    assert len(made) == 2
 
 
 def test_nothing_to_train_on_is_refused(backbone: Backbone, store: MemoryStore, retriever: Retriever) -> None:

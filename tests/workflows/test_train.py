@@ -32,8 +32,8 @@ from ..retrieval import conftest as toy
 
 FILE = Path(train.__file__)
 TRAINING = {
-    "steps": 60, "batch_size": 8, "micro_batch": 2, "warmup_steps": 5, "hard_negatives": 3, "sampled_negatives": 5,
-    "checkpoint_every": 3, "threads": 1,
+    "steps": 60, "batch_size": 8, "micro_batch": 2, "warmup_steps": 5, "hard_negatives": 3, "bm25_negatives": 2, "bm25_skip": 1,
+    "sampled_negatives": 5, "checkpoint_every": 3, "threads": 1,
 }  # fmt: skip
 
 
@@ -48,7 +48,13 @@ def write_config(path: Path, root: Path, backbone: Path, **training: object) -> 
     values = {
         "root": str(root),
         "backbone": {"model": str(backbone)},
-        "retriever": {"tokens": 5, "pooled_length": 3, "initial_context": 4, "train": {**TRAINING, **training}},
+        "retriever": {
+            "tokens": 5,
+            "pooled_length": 3,
+            "initial_context": 4,
+            "scoring": "mixture",
+            "train": {**TRAINING, **training},
+        },
         "evaluate": {"k": [5]},
     }
     path.write_text(yaml.safe_dump(values))
@@ -137,6 +143,11 @@ def test_killed_and_run_again_with_two_workers_gives_the_bytes_of_one(prepared: 
     retriever = Retriever.from_pretrained(artifact.url)
     assert retriever.settings.backbone == lineage.backbone(config).fingerprint
     assert retriever.settings.store == lineage.store(config).fingerprint
+    assert retriever.settings.scoring == "mixture"
+    assert retriever.settings.temperature == config.retriever.train.temperature
+    mined = pq.read_table(pa.BufferReader(one["bm25/00000.parquet"]))
+    assert mined["question_id"].to_pylist() == pq.read_table(pa.BufferReader(one["initial/00000.parquet"]))["question_id"].to_pylist()
+    assert max(len(rows) for rows in mined["rows"].to_pylist()) == 1 + 2 + 2  # skipped, negatives, the most gold of a question
     assert train.plan(config)[0].startswith(f"train: retriever {artifact.url} is complete")
 
 
@@ -158,6 +169,8 @@ def test_plan_says_what_is_missing_and_how_large_it_gets(
     (line,) = train.plan(config)
     assert "5 tokens x 32 + 2 layers x 4 heads = 168 parameters; 60 steps of 8 of 30 questions; 0 steps are done" in line
     assert not Path(lineage.retriever(config).url).exists()
+    alone = configuration.load(tmp_path / "ready.yaml", ["retriever.train.train_tokens=false"])
+    assert "= 168 parameters; the weights alone are trained; 60 steps" in train.plan(alone)[0]
 
 
 def mistake(config_file: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
