@@ -95,6 +95,8 @@ class StageConfig(Section):
     growth: float | None = Field(None, ge=0, le=1, description="share of this stage's steps, at its start")
     binding: float | None = Field(None, ge=0, le=1)
     bridge: float | None = Field(None, ge=0, le=1)
+    name_parts: list[int] | None = None
+    extra_chunks: int | None = Field(None, ge=0)
     learning_rate_factor: float = Field(1.0, gt=0, description="times the learning rates that the schedule gives")
 
 
@@ -122,6 +124,7 @@ class WarmstartConfig(Section):
     decay: float = Field(0.4, ge=0, le=1, description="share of the steps, at the end, over which the learning rates fall to 0")
     losses: LossConfig = LossConfig()
     retrieval_scoring: Literal["per_head", "mixture"] = Field("per_head", description="of the retrieval loss: a sum, or layers' softmaxes")
+    head_weights: Literal["trained", "equal"] = Field("trained", description="in those losses: a weight a head, or one a layer")
     retrieval_share: float = Field(0.5, gt=0, le=1, description="share of the questions that the retrieval and hop losses see")
     pooled_length: int = Field(7, ge=1, description="pooled vectors a chunk in those losses")
     vector_dropout: float = Field(0.0, ge=0, lt=1, description="share of the pooled vectors those losses leave out, at random")
@@ -139,8 +142,9 @@ class WarmstartConfig(Section):
     def _check(self) -> Self:
         if self.shard and self.optimizer == "muon":
             raise ValueError("backbone.warmstart.shard: Muon needs whole matrices; set backbone.warmstart.optimizer=adamw or shard=false")
-        if self.name_parts is not None and (not self.name_parts or not set(self.name_parts) <= {2, 3, 4}):
-            raise ValueError("backbone.warmstart.name_parts must be null or a list of 2, 3 and 4, such as [2, 3]")
+        for parts in (self.name_parts, *(stage.name_parts for stage in self.stages or [])):
+            if parts is not None and (not parts or not set(parts) <= {2, 3, 4}):
+                raise ValueError("backbone.warmstart: name_parts must be null or a list of 2, 3 and 4, such as [2, 3]")
         if self.stages is not None:
             names, total = [stage.name for stage in self.stages], sum(stage.share for stage in self.stages)
             if len(set(names)) < len(names):

@@ -273,7 +273,7 @@ def _module(config: Config, dataset: str) -> Any:
         backbone = model.load(config.backbone.model, config.backbone.revision, dtype="float32", device="cpu", prompt=config.backbone.prompt)
     backbone.model.requires_grad_(True)
     recipe = config.backbone.warmstart
-    return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring)
+    return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring, recipe.head_weights == "equal")
 
 
 # -- the curve --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from intra.errors import UserError
 
 Batches = Callable[[int], list[Batch]]
 
+UNORDERED = ("comparison",)  # question types that name both their chunks: no layer has to find one before the other
+STAGE_KEYS = ("losses", "world_chunks", "growth", "binding", "bridge", "name_parts", "extra_chunks")  # what a stage may set anew
 NEAR_SHARE = 0.5  # of the extra chunks of a gold entity's kind, those under a near name of it
 FRESH_WORLDS = 8  # mini-worlds that are never trained on, for `fresh_batches`
 
@@ -49,9 +51,7 @@ def stages(recipe: WarmstartConfig) -> list[Stage]:
     for number, item in enumerate(recipe.stages, 1):
         share += item.share
         stop = recipe.steps if number == len(recipe.stages) else int(share * recipe.steps + 0.5)
-        values = {
-            key: value for key in ("losses", "world_chunks", "growth", "binding", "bridge") if (value := getattr(item, key)) is not None
-        }
+        values = {key: value for key in STAGE_KEYS if (value := getattr(item, key)) is not None}
         grows = (0, recipe.growth * recipe.steps) if item.growth is None else (start, item.growth * (stop - start))
         made.append(Stage(number, item.name, start, stop, recipe.model_copy(update=values), item.learning_rate_factor, *grows))
         start = stop
@@ -67,7 +67,6 @@ def stage_at(recipe: WarmstartConfig, step: int) -> Stage:
 def synthetic_batches(config: Config, backbone: Backbone, rank: int = 0, workers: int = 1) -> Batches:
     """Step -> this worker's micro-batches of mini-worlds (training names only)."""
     recipe = config.backbone.warmstart
-    pool_parts = synthetic.name_parts(config.data.synthetic.chunks) if recipe.name_parts is None else None
 
     def batches(step: int) -> list[Batch]:
         now = stage_at(recipe, step).recipe
@@ -80,7 +79,7 @@ def synthetic_batches(config: Config, backbone: Backbone, rank: int = 0, workers
                 index = step * recipe.batch_size + number
                 rng = random.Random(f"intra warm start {config.seed} {index}")
                 size = world_size(rng, step, recipe)
-                parts = pool_parts or _name_parts(config, index)
+                parts = _name_parts(config, now, index)
                 world = synthetic.world(
                     config.seed, index, chunks=size, questions=recipe.questions, binding=now.binding, bridge=now.bridge, parts=parts
                 )
@@ -89,10 +88,10 @@ def synthetic_batches(config: Config, backbone: Backbone, rank: int = 0, workers
                 titles += [passage.title for passage in world.passages]
                 gold += [world.passages[chunk].title for item in asked for chunk in item.gold]
             extra, kept = [], []
-            if recipe.extra_chunks and (now.losses.retrieval or now.losses.hop):
+            if now.extra_chunks and (now.losses.retrieval or now.losses.hop):
                 first = step * recipe.batch_size + micro[0]
                 rng = random.Random(f"intra warm start extra {config.seed} {first}")
-                passages = extra_passages(rng, config.seed, recipe.extra_chunks, gold, titles, pool_parts or _name_parts(config, first))
+                passages = extra_passages(rng, config.seed, now.extra_chunks, gold, titles, _name_parts(config, now, first))
                 extra = backbone.tokenize([chunk_text(title, text, config.data.template) for title, text in passages])
                 kept = _kept(rng, len(extra), recipe)
             made.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept))
@@ -101,9 +100,11 @@ def synthetic_batches(config: Config, backbone: Backbone, rank: int = 0, workers
     return batches
 
 
-def _name_parts(config: Config, index: int) -> int:
-    """Words of a mini-world's names, where the recipe gives a choice."""
-    return random.Random(f"intra warm start names {config.seed} {index}").choice(config.backbone.warmstart.name_parts or [2])
+def _name_parts(config: Config, recipe: WarmstartConfig, index: int) -> int:
+    """The name words of world number `index`: drawn by its own rng where the recipe names several, else what the pool needs."""
+    if recipe.name_parts is None:
+        return synthetic.name_parts(config.data.synthetic.chunks)
+    return random.Random(f"intra warm start names {config.seed} {index}").choice(recipe.name_parts)
 
 
 def _asked(world: synthetic.World, config: Config) -> tuple[list[str], list[Asked]]:
@@ -113,7 +114,7 @@ def _asked(world: synthetic.World, config: Config) -> tuple[list[str], list[Aske
     asked = []
     for item in world.questions:
         gold = [place[passage] for passage in item.gold_ids]
-        asked.append(Asked(item.question, item.answers[0], gold, world.passages[gold[-1]].title))
+        asked.append(Asked(item.question, item.answers[0], gold, world.passages[gold[-1]].title, item.type not in UNORDERED))
     return texts, asked
 
 
@@ -183,7 +184,7 @@ def fresh_batches(config: Config, backbone: Backbone) -> dict[str, Batch]:
         worlds: list[PackedWorld] = []
         while len(worlds) < FRESH_WORLDS:
             index = -2 - 2 * next(numbers)
-            parts = synthetic.name_parts(config.data.synthetic.chunks) if recipe.name_parts is None else _name_parts(config, index)
+            parts = _name_parts(config, stages(recipe)[-1].recipe, index)
             world = synthetic.world(
                 config.seed, index, chunks=recipe.world_chunks, questions=recipe.questions, binding=binding, bridge=1.0, parts=parts
             )
@@ -259,14 +260,20 @@ def question_batches(
                 place = {row: number for number, row in enumerate(rows)}
                 texts = [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows]
                 asked = [
-                    Asked(question.question, rng.choice(question.answers), [place[row] for row in group], pool.titles[group[-1]])
+                    Asked(
+                        question.question,
+                        rng.choice(question.answers),
+                        [place[row] for row in group],
+                        pool.titles[group[-1]],
+                        question.type not in UNORDERED,
+                    )
                     for question, group in zip(drawn, gold, strict=True)
                 ]
                 worlds.append(_pack(backbone, rng, backbone.tokenize(texts), asked, now))
             extra, kept = [], []
-            if recipe.extra_chunks and (now.losses.retrieval or now.losses.hop):
+            if now.extra_chunks and (now.losses.retrieval or now.losses.hop):
                 rng = random.Random(f"intra warm start extra {config.seed} {step * recipe.batch_size + micro[0]}")
-                free = min(recipe.extra_chunks, len(pool) - len(seen))
+                free = min(now.extra_chunks, len(pool) - len(seen))
                 rows = []
                 while len(rows) < free:
                     row = rng.randrange(len(pool))
@@ -292,6 +299,7 @@ class Asked:
     answer: str
     gold: list[int]  # chunks of the world, in hop order
     bridge: str  # the title of the last gold chunk
+    ordered: bool = True  # the gold chunks are hops, one leading to the next
 
 
 def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked: Sequence[Asked], recipe: WarmstartConfig) -> PackedWorld:
@@ -317,7 +325,7 @@ def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked
             visible = [chunk for chunk in everything if chunk not in gold and rng.random() < 0.8]
             visible += [chunk for hop, chunk in enumerate(gold) if rng.random() < (0.9 if hop == 0 else 0.2)]
             offsets = sorted(rng.sample(range(recipe.probe_span), recipe.probes))
-            segment = retrieval_segment(prompts[index], offsets, visible, gold)
+            segment = retrieval_segment(prompts[index], offsets, visible, gold, asked[index].ordered)
             if bridges[index] and gold[0] in visible:
                 segment.looks = [Look(place, EARLY, bridges[index]) for place in segment.probes]
             segments.append(segment)

@@ -61,13 +61,14 @@ class _Sink:
 
 
 class WarmStart(torch.nn.Module):  # type: ignore[misc]
-    """The backbone in training, and the retrieval loss's own weights alpha [layers, heads].
+    """The backbone in training, and the retrieval loss's own weights alpha [layers, heads]; [layers, 1] where heads weigh the same.
 
-    `alpha_hop` [2, layers, heads] weighs the two hop losses; each is zero outside its half of the layers. `losses` are those of a
+    Equal weights are what a retriever starts from: trained ones may rest on a few heads, and a new retriever has to find them again.
+    `alpha_hop` [2, layers, heads or 1] weighs the two hop losses; each is zero outside its half of the layers. `losses` are those of a
     call that names none.
     """
 
-    def __init__(self, backbone: Backbone, losses: LossConfig, pooled_length: int, scoring: str = "per_head") -> None:
+    def __init__(self, backbone: Backbone, losses: LossConfig, pooled_length: int, scoring: str = "per_head", equal: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.model = backbone.model
@@ -75,7 +76,7 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         self.pooled_length = pooled_length
         self.scoring = scoring
         self.bfloat16 = False  # whether matrices are multiplied in bfloat16; `place` sets it
-        shape = backbone.layers, backbone.heads
+        shape = backbone.layers, 1 if equal else backbone.heads
         # Scores of about unit spread at the start: a dot product of two normed queries and keys has spread head_dim ** 0.5.
         start = backbone.head_dim**-0.5 / (backbone.layers * backbone.heads) ** 0.5
         # A mixture scores by each layer alone: the same for the sum over its heads.
@@ -122,10 +123,10 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         out = {"answer_token_accuracy": right.float().mean(), "answer_accuracy": _whole(right, batch.segment, trained)}
         if scores is not None:
             parts["retrieval"] = self._retrieval(scores, batch.gold)
-            early, late = torch.einsum("sclh,klh->ksc", scores, self.alpha_hop * self.halves)
+            early, late = torch.einsum("sclh,klh->ksc", scores, self._each(self.alpha_hop) * self.halves)
             parts["hop"] = (functional.cross_entropy(early, batch.first) + functional.cross_entropy(late, batch.last)) / 2
-            out["first_hop_accuracy"] = (early.argmax(-1) == batch.first).float().mean()
-            out["last_hop_accuracy"] = (late.argmax(-1) == batch.last).float().mean()
+            out["first_hop_accuracy"] = _hit(early, batch.first)
+            out["last_hop_accuracy"] = _hit(late, batch.last)
         if mass is not None and len(mass):
             parts["attention"] = -mass.clamp(min=1e-6).log().mean()
             for name, half in (("early", EARLY), ("late", LATE)):
@@ -135,11 +136,15 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
         return {"total": total, **parts, **out}
 
+    def _each(self, alpha: Tensor) -> Tensor:
+        """A weight for every head: [..., layers, heads], of one a head or one a layer."""
+        return alpha.expand(*alpha.shape[:-1], self.backbone.heads)
+
     def _retrieval(self, scores: Tensor, gold: Tensor) -> Tensor:
         """The retrieval loss of scores [S, C + E, layers, heads] against gold [S, C + E], each row's shares."""
         if self.scoring == "per_head":
-            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, self.alpha), gold)
-        layers = torch.einsum("sclh,lh->slc", scores, self.alpha).log_softmax(-1)
+            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, self._each(self.alpha)), gold)
+        layers = torch.einsum("sclh,lh->slc", scores, self._each(self.alpha)).log_softmax(-1)
         mixture = layers.logsumexp(1) - math.log(self.backbone.layers)
         return -(gold * mixture).sum(-1).mean()
 
@@ -185,6 +190,11 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
             products = products.masked_fill(~batch.kept[:, None, :], float("-inf"))
             layers.append(products.amax(-1).sum(1))
         return torch.stack(layers, dim=2) / batch.probe_rows.shape[1]
+
+
+def _hit(scores: Tensor, gold: Tensor) -> Tensor:
+    """How often the best of each row's scores is one of its gold chunks."""
+    return (gold.gather(1, scores.argmax(-1, keepdim=True)) > 0).float().mean()
 
 
 def _whole(right: Tensor, segment: Tensor, trained: Tensor) -> Tensor:
