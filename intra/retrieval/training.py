@@ -36,6 +36,7 @@ from intra.errors import UserError, WorkflowError
 from intra.method import Method
 from intra.retrieval import initial, negatives, scoring
 from intra.retrieval.negatives import Example, Rows
+from intra.retrieval.prefix import Prefixes
 from intra.retrieval.retriever import Retriever, RetrieverSettings
 from intra.retrieval.scoring import Scored
 from intra.retrieval.search import read_context
@@ -88,7 +89,7 @@ def trained(retriever: Retriever, train_tokens: bool) -> list[torch.nn.Parameter
 
 def micro_gradient(
     backbone: Backbone, retriever: Retriever, store: ChunkStore, examples: Sequence[Example], sampled: int, key: Sequence[int],
-    train_tokens: bool = True,
+    train_tokens: bool = True, prefixes: Prefixes | None = None,
 ) -> Tensor:  # fmt: skip
     """One micro-batch: float32 [n + 2] on the CPU: gradients of what is `trained` (n numbers), loss, recall; summed over its questions.
 
@@ -99,8 +100,11 @@ def micro_gradient(
     settings = retriever.settings
     tokens = retriever.tokens.detach().to(device).requires_grad_(train_tokens)
     weights = retriever.weights.detach().to(device).requires_grad_()
-    memory = read_context(backbone, store, [item.context for item in examples], settings.initial_context)
-    queries = backbone.queries(backbone.prompt_ids([item.question for item in examples]), tokens, memory)
+    if prefixes is None:
+        memory = read_context(backbone, store, [item.context for item in examples], settings.initial_context)
+        queries = backbone.queries(backbone.prompt_ids([item.question for item in examples]), tokens, memory)
+    else:
+        queries = prefixes.queries(examples, tokens)
     components = scoring.scorer(settings.scoring, queries, backbone, weights, settings.temperature)(store.pooled(rows).to(device))
     scores = scoring.log_mixture(components, torch.logsumexp(components, dim=2))
     loss = cross_entropy(scores, gold.to(device))
@@ -151,6 +155,8 @@ class Trainer:
         self.workers = workers or Workers()
         self.done = 0
         self.curve = torch.zeros(settings.steps, len(COLUMNS))
+        room, n_0 = settings.prefix_cache_mb, retriever.settings.initial_context
+        self.prefixes = Prefixes(backbone, store, n_0, room) if room else None
         self.trained = trained(retriever, settings.train_tokens)
         self.optimizer = torch.optim.AdamW(
             [{"params": [parameter]} for parameter in self.trained], lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -165,8 +171,10 @@ class Trainer:
             batch = [self.examples[index] for index in chosen[micro * settings.micro_batch : (micro + 1) * settings.micro_batch]]
             key = (self.seed, 2, step, micro)
             mine.append(
-                micro_gradient(self.backbone, self.retriever, self.store, batch, settings.sampled_negatives, key, settings.train_tokens)
-            )
+                micro_gradient(
+                    self.backbone, self.retriever, self.store, batch, settings.sampled_negatives, key, settings.train_tokens, self.prefixes
+                )
+            )  # fmt: skip
         total = reduce(self.workers.gather(torch.stack(mine))) / settings.batch_size
         if not torch.isfinite(total).all():
             raise WorkflowError(f"train: step {step}: loss or gradient is not a finite number; lower retriever.train.learning_rate")
