@@ -4,6 +4,7 @@
     backbone   trained here: its recipe, the dataset, the seed; otherwise the digest of the model's files
     store      backbone, the pool's digest, pooled_length, what shapes the bytes of a shard
     retriever  store, the questions' digest, the retriever section, the seed
+    vectors    of a dense baseline: its model and how it reads a passage, the pool's digest
     results    retriever, store, the questions' digest, the evaluate section
 
 A step's fingerprint holds the digests its predecessor's manifest states, so a later one is known once the earlier is made:
@@ -15,6 +16,7 @@ from __future__ import annotations
 from intra import storage
 from intra.artifact import Artifact, fingerprint
 from intra.backbone import locate
+from intra.baselines import models
 from intra.config import Config
 from intra.data import sources
 
@@ -86,6 +88,18 @@ def retriever(config: Config) -> Artifact:
     )  # fmt: skip
 
 
+def vectors(config: Config, name: str) -> Artifact:
+    """The pool as the dense baseline `name` encodes it."""
+    settings = config.evaluate.models[name]
+    return _artifact(
+        config,
+        "vectors",
+        "evaluate",
+        {"model": models.digest(name, settings), "settings": settings.model_dump(exclude={"model", "revision", "query_prompt"}),
+         "pool": dataset(config).manifest()["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks},
+    )  # fmt: skip
+
+
 def results(config: Config) -> Artifact:
     return _artifact(
         config,
@@ -94,5 +108,5 @@ def results(config: Config) -> Artifact:
         {"store": store(config).fingerprint, "questions": dataset(config).manifest()["questions_sha256"],
          "retriever": retriever(config).fingerprint, "answer": [config.retriever.answer_size, config.retriever.answer_initial],
          "prompt": config.backbone.prompt, "answer_tokens": config.backbone.answer_tokens,
-         "evaluate": config.evaluate.model_dump(exclude={"answer_batch", "threads"}), "seed": config.seed},
+         "evaluate": config.evaluate.model_dump(exclude={"answer_batch", "threads", "device"}), "seed": config.seed},
     )  # fmt: skip

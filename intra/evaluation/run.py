@@ -74,10 +74,16 @@ class Parts:
         return {method.name: method for method in search.methods(passes, settings.answer_size, settings.answer_initial)}
 
     def method(self, name: str) -> Method:
-        from intra.baselines import lexical, reference
+        from intra.baselines import dense, lexical, models, reference
 
         if name in INTRINSIC:
             return self.intrinsic[name]
+        if name in self.config.evaluate.models:
+            evaluate = self.config.evaluate
+            settings, place = evaluate.models[name], lineage.vectors(self.config, name)
+            return dense.Dense(
+                name, settings, place, lambda: models.Dense(name, settings, evaluate.device, evaluate.threads), evaluate.shard_chunks
+            )
         if name == "bm25":
             return lexical.BM25()
         if name == "tfidf":

@@ -1,0 +1,83 @@
+"""Tiny models of the baselines' classes, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from intra.data.schema import POOL_SCHEMA, Pool, Question
+
+WORDS = [
+    *("the", "of", "and", "a", "is", "in", "by", "who", "where", "which", "was", "born", "film", "town", "river", "directed", "port"),
+    *("large", "small", "red", "moon", "silver", "harbor", "carl", "dorn", "ada", "bell", "oldtown", "newport", "wend", "lies"),
+    *("question", "passage", "instruct", "query"),
+]
+
+
+def make_pool(texts: Sequence[tuple[str, str]]) -> Pool:
+    columns = {
+        "chunk_id": [f"c{row:03d}" for row in range(len(texts))],
+        "title": [title for title, _ in texts],
+        "text": [text for _, text in texts],
+        "source": ["test"] * len(texts),
+        "n_tokens": [len(text.split()) for _, text in texts],
+    }
+    return Pool(pa.table(columns, schema=POOL_SCHEMA))
+
+
+def sentences(count: int, seed: int, longest: int = 14) -> list[str]:
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, int(generator.integers(3, longest)))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Pool:
+    """70 chunks; the last ten copy the first ten."""
+    texts = sentences(60, 1)
+    return make_pool([("", text) for text in [*texts, *texts[:10]]])
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[Question]:
+    return [Question(f"q{n}", "test", "test", text, ("x",), (("c000",),), 1, "single") for n, text in enumerate(sentences(9, 2))]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder (as MiniLM, BGE), as transformers saves it."""
+    from transformers import BertConfig, BertModel
+
+    return saved(tmp_path_factory.mktemp("bert"), BertModel, BertConfig(**SIZES), "right")
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS) + 5, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def saved(folder: Path, model: Any, config: Any, padding_side: str) -> Path:
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*specials, *WORDS])}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        padding_side=padding_side, model_max_length=128,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    model(config).save_pretrained(folder)
+    return folder
