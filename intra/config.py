@@ -14,47 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from intra import storage
+from intra.data_config import DataConfig
+from intra.data_config import SyntheticConfig as SyntheticConfig
 from intra.errors import UserError
+from intra.section import Section
 
 METHODS = ("intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle")
 MODELS = Path(__file__).parent / "models.yaml"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class SyntheticConfig(Section):
-    """The generated world (`data.source: synthetic`)."""
-
-    chunks: int = Field(1000, ge=50, description="chunks in the pool")
-    train_questions: int = Field(600, ge=1)
-    test_questions: int = Field(300, ge=1)
-
-
-class DataConfig(Section):
-    source: Literal["synthetic", "jsonl", "beir"] = "synthetic"
-    path: str | None = Field(None, description="folder of the input files (jsonl, beir)")
-    passages: str | list[str] = Field("passages*.jsonl*", description="file names or a glob below data.path (jsonl)")
-    benchmarks: list[str] | None = Field(None, description="benchmarks to read (jsonl); all that are found when null")
-    train_split: str = "train"
-    test_split: str = "test"
-    pool_limit: int | None = Field(None, ge=1, description="passages in the pool; gold passages always stay")
-    question_limit: int | None = Field(None, ge=1, description="questions per benchmark and split")
-    chunk_tokens: int = Field(256, ge=16, description="longest chunk in backbone tokens; longer passages are split")
-    template: str = Field("{title}\n{text}", description="how title and text become the encoder's input")
-    synthetic: SyntheticConfig = SyntheticConfig()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.source != "synthetic" and not self.path:
-            raise ValueError(f"data.path is missing; data.source={self.source} needs the folder of the input files")
-        if "{text}" not in self.template:
-            raise ValueError("data.template must contain {text}")
-        return self
 
 
 class ArchitectureConfig(Section):

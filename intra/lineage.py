@@ -39,9 +39,11 @@ def dataset(config: Config) -> Artifact:
         if from_scratch(config)
         else locate.tokenizer_digest(config.backbone.model, config.backbone.revision)
     )
-    data = config.data.model_dump(exclude={"path", "passages"} | (set() if config.data.source == "synthetic" else {"synthetic"}))
     return _artifact(
-        config, "dataset", "prepare", {"data": data, "inputs": sources.digests(config.data), "tokenizer": tokenizer, "seed": config.seed}
+        config,
+        "dataset",
+        "prepare",
+        {"data": sources.identity(config.data), "inputs": sources.digests(config.data), "tokenizer": tokenizer, "seed": config.seed},
     )
 
 

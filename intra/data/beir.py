@@ -4,8 +4,10 @@
     <data.path>/queries.jsonl       {"_id", "text"}; answers, where known, in "answers", "metadata.answers" or "metadata.answer"
     <data.path>/qrels/<split>.tsv   query-id, corpus-id, score, with a header; a score above 0 marks a gold passage
 
-Every file may be gzipped (`.gz`). A query belongs to a split when that split's qrels hold a gold passage of it. BEIR does not
-say hops or types: `hops` is the number of gold passages unless "metadata.hops" says it, `type` is "metadata.type" or "".
+Every file may be packed (`.gz`, `.zst`). A query belongs to a split when that split's qrels hold a gold passage of it. BEIR does not
+say hops or types: `hops` is the number of gold passages unless "metadata.hops" says it, `type` is "metadata.type" or "". What
+`intra.data.export` writes besides is read back: of a query "metadata.benchmark", "metadata.gold_source" and "metadata.gold" (groups of
+passages of which either counts), of a passage "metadata.source".
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from intra import storage
-from intra.config import DataConfig
 from intra.data import files
-from intra.data.raw import Passage, RawQuestion
+from intra.data.raw import Item, Mistakes, Passage, RawQuestion, items
+from intra.data_config import DataConfig, FileConfig
 from intra.errors import UserError
 
 
@@ -30,9 +32,11 @@ class Layout:
     corpus: str
     queries: str
     qrels: dict[str, str]  # split ("train" | "test") -> name
+    prefix: str = ""  # before every id
+    source: str = ""  # of the passages; "" takes the corpus file's name
 
     def names(self) -> list[str]:
-        return [self.corpus, self.queries, *self.qrels.values()]
+        return [name for name in (self.corpus, self.queries, *self.qrels.values()) if name]
 
 
 def layout(data: DataConfig) -> Layout:
@@ -50,7 +54,7 @@ def layout(data: DataConfig) -> Layout:
     for name in ("corpus.jsonl", "queries.jsonl"):
         found = files.either(folder, name, present)
         if found is None:
-            raise UserError(f"{storage.join(folder, name)}: no such file; data.source=beir needs it (or {name}.gz)")
+            raise UserError(f"{storage.join(folder, name)}: no such file; data.source=beir needs it (or {name}.gz, {name}.zst)")
         names[name] = found
     place = storage.join(folder, "qrels")
     judged = storage.names(place)
@@ -58,7 +62,7 @@ def layout(data: DataConfig) -> Layout:
     for role, split in (("train", data.train_split), ("test", data.test_split)):
         found = files.either(place, f"{split}.tsv", judged)
         if found is None:
-            splits = sorted(name.partition(".tsv")[0] for name in judged if ".tsv" in name)
+            splits = sorted({name.partition(".tsv")[0] for name in judged if ".tsv" in name})
             raise UserError(
                 f"{storage.join(place, split)}.tsv: no such file; set data.{role}_split to one of: {', '.join(splits) or 'none'}"
             )
@@ -66,57 +70,103 @@ def layout(data: DataConfig) -> Layout:
     return Layout(folder, benchmark, names["corpus.jsonl"], names["queries.jsonl"], qrels)
 
 
-def read(data: DataConfig) -> tuple[Iterator[Passage], Iterator[RawQuestion]]:
-    """The corpus's passages and both splits' questions. Raises UserError naming file and line."""
-    found = layout(data)
-    return _read_corpus(found), _read_questions(found)
+def entry_layout(entry: FileConfig, folder: str) -> Layout:
+    """The files of an entry of `data.files`: ids get the benchmark before them, for another benchmark may have the same ones."""
+    benchmark = str(entry.benchmark)
+    qrels: dict[str, str] = {entry.split: f"qrels/{_found(storage.join(folder, 'qrels'), f'{entry.split}.tsv')}"} if entry.split else {}
+    queries = _found(folder, "queries.jsonl") if entry.split else ""
+    return Layout(folder, benchmark, _found(folder, "corpus.jsonl"), queries, qrels, f"{benchmark}/", entry.path)
 
 
-def _read_corpus(found: Layout) -> Iterator[Passage]:
-    for where, record in files.records(storage.join(found.folder, found.corpus)):
+def _found(folder: str, name: str) -> str:
+    found = files.either(folder, name, storage.names(folder))
+    if found is None:
+        raise UserError(f"{storage.join(folder, name)}: no such file; format beir needs it (or {name}.gz, {name}.zst)")
+    return found
+
+
+def read_corpus(found: Layout, mistakes: Mistakes) -> Iterator[Item]:
+    """The corpus's passages."""
+
+    def parse(where: str, record: files.Record) -> Iterator[Item]:
         yield Passage(
-            passage_id=files.identifier(record, "_id", where),
+            passage_id=found.prefix + files.identifier(record, "_id", where),
             title=files.string(record, "title", where, default="", blank=True),
             text=files.string(record, "text", where),
-            source=found.corpus,
+            source=files.string(_metadata(record, where), "source", where, default=found.source or found.corpus),
             where=where,
         )
 
+    return items(files.records(storage.join(found.folder, found.corpus), mistakes), parse, mistakes)
 
-def _read_questions(found: Layout) -> Iterator[RawQuestion]:
+
+def read_questions(found: Layout, mistakes: Mistakes) -> Iterator[Item]:
+    """The questions of all splits, in the order in which they are judged."""
     url = storage.join(found.folder, found.queries)
-    queries: dict[str, tuple[str, files.Record]] = {}
-    for where, record in files.records(url):
-        query_id = files.identifier(record, "_id", where)
-        if query_id in queries:
-            raise UserError(f"{where}: question id '{query_id}' stands already at {queries[query_id][0]}; remove one or rename it")
-        queries[query_id] = (where, record)
+    queries = _queries(found, mistakes) if found.qrels else {}
     for split, name in found.qrels.items():
         place = storage.join(found.folder, name)
-        gold = _read_qrels(place)
+        gold = _read_qrels(place, mistakes)
         if not gold:
-            raise UserError(f"{place}: no line with a score above 0; a split needs at least one gold passage")
+            mistakes.add(UserError(f"{place}: no line with a score above 0; a split needs at least one gold passage"))
         for query_id, (judged_at, corpus_ids) in gold.items():
             if query_id not in queries:
-                raise UserError(f"{judged_at}: query '{query_id}' is not in {url}; add it there or remove the line")
-            where, record = queries[query_id]
-            yield _question(found.benchmark, split, query_id, where, record, tuple(corpus_ids))
+                mistakes.add(UserError(f"{judged_at}: query '{query_id}' is not in {url}; add it there or remove the line"))
+                continue
+            try:
+                yield _question(found, split, query_id, *queries[query_id], tuple(corpus_ids))
+            except UserError as error:
+                mistakes.add(error)
 
 
-def _question(benchmark: str, split: str, query_id: str, where: str, record: files.Record, gold_ids: tuple[str, ...]) -> RawQuestion:
+def equivalents(found: Layout) -> list[tuple[str, ...]]:
+    """The groups of passages of which either counts as a hit, where the queries state them ("metadata.gold")."""
+    groups: dict[tuple[str, ...], None] = {}
+    for where, record in files.records(storage.join(found.folder, found.queries)):
+        stated = _metadata(record, where).get("gold")
+        groups |= {tuple(group): None for group in stated or [] if isinstance(group, list) and len(group) > 1}
+    return list(groups)
+
+
+def _queries(found: Layout, mistakes: Mistakes) -> dict[str, tuple[str, files.Record]]:
+    queries: dict[str, tuple[str, files.Record]] = {}
+    for where, record in files.records(storage.join(found.folder, found.queries), mistakes):
+        try:
+            query_id = files.identifier(record, "_id", where)
+            if query_id in queries:
+                raise UserError(f"{where}: question id '{query_id}' stands already at {queries[query_id][0]}; remove one or rename it")
+        except UserError as error:
+            mistakes.add(error)
+            continue
+        queries[query_id] = (where, record)
+    return queries
+
+
+def _metadata(record: files.Record, where: str) -> files.Record:
     metadata = record.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise UserError(f"{where}: 'metadata' must be an object, found {files.kind(metadata)}")
-    metadata = metadata or {}
+    return metadata or {}
+
+
+def _question(found: Layout, split: str, query_id: str, where: str, record: files.Record, judged: tuple[str, ...]) -> RawQuestion:
+    metadata = _metadata(record, where)
+    gold_ids = judged
+    if "gold" in metadata:
+        groups = files.listed(metadata, "gold", where, "group of passage ids")
+        if not all(isinstance(group, list) and group for group in groups) or {name for group in groups for name in group} != set(judged):
+            raise UserError(f"{where}: 'metadata.gold' must be lists of the passage ids that the qrels name, no more and no less")
+        gold_ids = tuple(group[0] for group in groups)
     return RawQuestion(
-        question_id=query_id,
-        benchmark=benchmark,
+        question_id=found.prefix + query_id,
+        benchmark=files.string(metadata, "benchmark", where, default=found.benchmark),
         split=split,
         question=files.string(record, "text", where),
         answers=_answers(record, metadata, where),
-        gold_ids=gold_ids,
+        gold_ids=tuple(found.prefix + name for name in gold_ids),
         hops=files.integer(metadata, "hops", where, default=len(gold_ids)),
         type=files.string(metadata, "type", where, default="", blank=True),
+        gold_source=files.string(metadata, "gold_source", where, default="annotated"),
         where=where,
     )
 
@@ -132,22 +182,24 @@ def _answers(record: files.Record, metadata: files.Record, where: str) -> tuple[
     return ()
 
 
-def _read_qrels(url: str) -> dict[str, tuple[str, list[str]]]:
+def _read_qrels(url: str, mistakes: Mistakes) -> dict[str, tuple[str, list[str]]]:
     """Per query id: where it is first judged, and the ids of its gold passages in the file's order."""
     gold: dict[str, tuple[str, list[str]]] = {}
-    for index, (where, text) in enumerate(files.lines(url)):
-        cells = text.split("\t")
-        if len(cells) != 3:
-            raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {text[:80]!r}")
-        query_id, corpus_id, score = (cell.strip() for cell in cells)
+    for index, (where, text) in enumerate(files.lines(url, mistakes)):
+        cells = [cell.strip() for cell in text.split("\t")]
         try:
-            positive = float(score) > 0
+            if len(cells) != 3:
+                raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {text[:80]!r}")
+            positive = float(cells[2]) > 0
         except ValueError:
-            if index == 0:
-                continue  # the header
-            raise UserError(f"{where}: the score '{score}' is not a number") from None
+            if index:  # else the header
+                mistakes.add(UserError(f"{where}: the score '{cells[2]}' is not a number"))
+            continue
+        except UserError as error:
+            mistakes.add(error)
+            continue
         if positive:
-            known = gold.setdefault(query_id, (where, []))[1]
-            if corpus_id not in known:
-                known.append(corpus_id)
+            known = gold.setdefault(cells[0], (where, []))[1]
+            if cells[1] not in known:
+                known.append(cells[1])
     return gold

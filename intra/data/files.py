@@ -1,23 +1,37 @@
-"""Reading the lines and records of input files, with errors that name file and line.
+"""Reading the lines and records of input files, as streams, with errors that name file and line.
 
-A file is plain UTF-8, or gzip where its name ends in `.gz`; local or on s3://.
+A file is plain UTF-8, gzip where its name ends in `.gz`, Zstandard where it ends in `.zst`; local or on s3://.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import gzip
+import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, cast
+
+import pyarrow as pa
+from botocore.exceptions import BotoCoreError, ClientError
 
 from intra import storage
-from intra.errors import UserError
+from intra.data.raw import Mistakes
+from intra.errors import UserError, WorkflowError
 
 Record = dict[str, Any]
 
+PACKED = ("", ".gz", ".zst")
+BLOCK = 1 << 20  # bytes read at once
+LARGEST = 64 << 20  # characters of one record of a JSON array
+STOP = Mistakes()  # raises every mistake
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
 
 
 def kind(value: object) -> str:
@@ -26,48 +40,205 @@ def kind(value: object) -> str:
 
 
 def either(folder: str, name: str, present: list[str]) -> str | None:
-    """`name` or `name`.gz, whichever of them is among the names present; None where neither is. Both is a UserError."""
-    found = [candidate for candidate in (name, f"{name}.gz") if candidate in present]
+    """`name`, `name`.gz or `name`.zst, whichever of them is among the names present; None where none is. Two are a UserError."""
+    found = [name + packed for packed in PACKED if name + packed in present]
     if len(found) > 1:
-        raise UserError(f"{storage.join(folder, name)}: stands there both plain and as .gz; remove one of them")
+        raise UserError(f"{storage.join(folder, name)}: stands there both plain and as .gz or .zst; keep one of {', '.join(found)}")
     return found[0] if found else None
 
 
-def content(url: str) -> bytes:
-    """The bytes of an input file. Raises UserError where there is no such file."""
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[IO[bytes]]:
+    """The bytes of an input file as they lie there. Raises UserError where there is no such file, WorkflowError where it cannot be read."""
+    fs, path = storage.filesystem(url)
     try:
-        return storage.read_bytes(url)
+        with fs.open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{url}: no such file; check data.path and the file's name") from None
     except (IsADirectoryError, NotADirectoryError):
         raise UserError(f"{url}: expected a file, found a folder; check data.path and the file's name") from None
+    except (PermissionError, ConnectionError, TimeoutError, BotoCoreError, ClientError) as error:
+        raise WorkflowError(f"{url}: cannot be read ({error}); check its permissions and, for s3://, AWS_ENDPOINT_URL") from error
 
 
-def lines(url: str) -> Iterator[tuple[str, str]]:
-    """(`url:number`, text) of every line that is not blank. Raises UserError: no such file, bad gzip, bytes that are not UTF-8."""
-    stream: io.BufferedIOBase = io.BytesIO(content(url))
-    if url.endswith(".gz"):
-        stream = gzip.GzipFile(fileobj=stream)
+def digest(url: str) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    total = hashlib.sha256()
+    with opened(url) as file:
+        while block := file.read(BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def unpacked(url: str) -> Iterator[IO[bytes]]:
+    """The unpacked bytes of an input file. Raises as `opened`, and UserError where the packing is damaged or cut short."""
+    packing = {"gz": "gzip", "zst": "Zstandard"}.get(url.rpartition(".")[2])
+    with opened(url) as file:
+        try:
+            if packing == "gzip":
+                yield cast(IO[bytes], gzip.GzipFile(fileobj=file))
+            elif packing == "Zstandard":
+                yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), BLOCK)
+            else:
+                yield file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{url}: not a sound gzip file ({error}); fetch or compress it again") from None
+        except OSError as error:
+            if packing is None or isinstance(
+                error, FileNotFoundError | IsADirectoryError | PermissionError | ConnectionError | TimeoutError
+            ):
+                raise
+            raise UserError(
+                f"{url}: not a sound {packing} file ({' '.join(str(error).split())[:120]}); fetch or compress it again"
+            ) from None
+
+
+def lines(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, str]]:
+    """(`url:number`, text) of every line that is not blank. Mistakes: no such file, damaged packing, bytes that are not UTF-8."""
+    try:
+        with unpacked(url) as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    text = line.decode().rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    remedy = "convert the file, or name it .gz or .zst if it is packed"
+                    mistakes.add(UserError(f"{url}:{number}: not UTF-8 ({error.reason}); {remedy}"))
+                    continue
+                if text.strip():
+                    yield f"{url}:{number}", text
+    except UserError as error:  # of the file as a whole: what was read of it before stands
+        mistakes.add(error)
+
+
+def records(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]:
+    """(`url:number`, object) of every line of a JSONL file. Mistakes as `lines`, and a line that is not a JSON object."""
+    for where, text in lines(url, mistakes):
+        try:
+            value = parse(where, text)
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: expected a JSON object, found {kind(value)}; write one object a line")
+        except UserError as error:
+            mistakes.add(error)
+        else:
+            yield where, value
+
+
+def objects(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]:
+    """(where, object) of every object of a file that is JSONL or one JSON array, whichever it begins like.
+
+    Of an array, `where` is `url:line (record n)`. Either is read as a stream.
+    """
+    try:
+        with unpacked(url) as stream:
+            start = stream.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n")
+    except UserError as error:
+        mistakes.add(error)
+        return
+    if not start:
+        mistakes.add(UserError(f"{url}: is empty; fetch it again or remove it"))
+        return
+    yield from _array(url, mistakes) if start.startswith(b"[") else records(url, mistakes)
+
+
+def _array(url: str, mistakes: Mistakes) -> Iterator[tuple[str, Record]]:
     number = 0
     try:
-        for number, line in enumerate(stream, 1):
+        with unpacked(url) as stream:
+            text = _Text(stream)
+            text.take("[")
+            if text.next() == "]":
+                raise UserError(f"{url}:{text.line}: the list is empty; fetch the file again or remove it")
+            closed = False
+            while not closed:
+                number += 1
+                text.next()  # the record's own first line
+                where = f"{url}:{text.line} (record {number})"
+                value, raw = text.value(where)
+                sign = text.next()
+                if sign not in (",", "]"):
+                    found = repr(sign) if sign else "the file's end"
+                    raise UserError(f"{where}: not valid JSON (behind it a comma or ] must stand, found {found}); fetch the file again")
+                text.take(sign)
+                closed = sign == "]"
+                try:
+                    _whole(raw, where)
+                    if not isinstance(value, dict):
+                        raise UserError(f"{where}: expected a JSON object, found {kind(value)}")
+                except UserError as error:
+                    mistakes.add(error)
+                else:
+                    yield where, value
+            if text.next():
+                raise UserError(f"{url}:{text.line}: something stands behind the end of the list; fetch the file again")
+    except UserError as error:
+        mistakes.add(error)
+
+
+def _whole(raw: str, where: str) -> None:
+    try:
+        raw.encode()
+    except UnicodeEncodeError:  # the decoder has turned such bytes into halves of surrogate pairs
+        raise UserError(f"{where}: holds bytes that are not UTF-8; convert the file, or name it .gz or .zst if it is packed") from None
+
+
+class _Text:
+    """A stream's text, a window of it in memory, to be read JSON value by value."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        # Bytes that are not UTF-8 do not end the reading: they make one bad record (`_whole`).
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self._text, self._at, self._more = "", 0, True
+        self._line, self._counted = 1, 0
+
+    @property
+    def line(self) -> int:
+        self._line += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._line
+
+    def next(self) -> str:
+        """The next character that is not white space, which stays where it is; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more:
+                return ""
+            self._fill(BLOCK)
+
+    def take(self, sign: str) -> None:
+        if self.next() != sign:
+            raise AssertionError(f"expected {sign}")
+        self._at += 1
+
+    def value(self, where: str) -> tuple[Any, str]:
+        """The JSON value that stands next, and its text."""
+        self.next()
+        while True:
             try:
-                text = line.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{url}:{number}: not UTF-8 ({error.reason}); convert the file, or name it .gz if it is gzip") from None
-            if text.strip():
-                yield f"{url}:{number}", text
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{url}: not a sound gzip file (after line {number}: {error}); fetch or compress it again") from None
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except RecursionError as error:
+                raise UserError(f"{where}: not valid JSON ({error})") from None
+            except ValueError as error:
+                held = len(self._text) - self._at
+                if self._more and held < LARGEST:
+                    self._fill(max(BLOCK, held))
+                    continue
+                reason = getattr(error, "msg", error)
+                raise UserError(f"{where}: not valid JSON, or cut short ({reason}); fetch the file again") from None
+            raw = self._text[self._at : end]
+            self._at = end
+            return value, raw
 
-
-def records(url: str) -> Iterator[tuple[str, Record]]:
-    """(`url:number`, object) of every line of a JSONL file. Raises UserError as `lines`, and for a line that is not a JSON object."""
-    for where, text in lines(url):
-        value = parse(where, text)
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a JSON object, found {kind(value)}; write one object a line")
-        yield where, value
+    def _fill(self, size: int) -> None:
+        block = self._stream.read(size)
+        self._more = bool(block)
+        self._line = self.line
+        self._text = self._text[self._at :] + self._decode(block, final=not block)
+        self._at = self._counted = 0
 
 
 def parse(where: str, text: str) -> Any:
@@ -105,6 +276,27 @@ def strings(record: Record, key: str, where: str, meaning: str) -> tuple[str, ..
     if not values:
         raise UserError(f"{where}: '{key}' is empty; a question needs at least one {meaning}: add it or remove the question")
     return tuple(_sound(value, key, where, False) for value in values)
+
+
+def listed(record: Record, key: str, where: str, meaning: str) -> list[Any]:
+    """The list `record[key]`, with at least one element; `meaning` says what one of them is."""
+    if key not in record:
+        raise UserError(f"{where}: '{key}' is missing; found the fields {', '.join(sorted(record)) or 'none'}")
+    values = record[key]
+    if not isinstance(values, list):
+        raise UserError(f"{where}: '{key}' must be a list, found {kind(values)}")
+    if not values:
+        raise UserError(f"{where}: '{key}' is empty; it needs at least one {meaning}")
+    return values
+
+
+def index(value: object, size: int, key: str, where: str) -> int:
+    """`value` as an index into a list of `size` elements, counted from 0."""
+    if type(value) is not int:
+        raise UserError(f"{where}: '{key}' must hold whole numbers, found {value!r}")
+    if not 0 <= value < size:
+        raise UserError(f"{where}: '{key}' holds the index {value}, out of range: there are {size}, counted from 0")
+    return value
 
 
 def integer(record: Record, key: str, where: str, *, default: int) -> int:

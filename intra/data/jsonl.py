@@ -5,7 +5,7 @@
                                                      "benchmark" (then equal to the file's); other fields are not read
     <data.path>/equivalent_gold.jsonl                optional: ["id", "id"], passages of which either counts as a hit
 
-Every file may be gzipped (`.gz`). `title` may be "". `hops` defaults to the number of gold ids, `type` to "" (no type).
+Every file may be packed (`.gz`, `.zst`). `title` may be "". `hops` defaults to the number of gold ids, `type` to "" (no type).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from intra import storage
-from intra.config import DataConfig
 from intra.data import files
-from intra.data.raw import Passage, RawQuestion
+from intra.data.raw import Item, Mistakes, Passage, RawQuestion, items
+from intra.data_config import DataConfig
 from intra.errors import UserError
 
 EQUIVALENT = "equivalent_gold.jsonl"
@@ -45,12 +45,12 @@ def layout(data: DataConfig) -> Layout:
     return Layout(folder, _passages(data, folder, present), _questions(data, folder), files.either(folder, EQUIVALENT, present))
 
 
-def read(data: DataConfig) -> tuple[Iterator[Passage], Iterator[RawQuestion]]:
-    """The passages and questions of all files, in the files' order. Raises UserError naming file and line."""
+def read(data: DataConfig, part: int, mistakes: Mistakes) -> Iterator[Item]:
+    """The passages or questions of a file, in the file's order; parts are the passage files, then the question files."""
     found = layout(data)
-    passages = (passage for name in found.passages for passage in _read_passages(found.folder, name))
-    questions = (question for entry in found.questions for question in _read_questions(found.folder, *entry))
-    return passages, questions
+    if part < len(found.passages):
+        return _read_passages(found.folder, found.passages[part], mistakes)
+    return _read_questions(found.folder, *found.questions[part - len(found.passages)], mistakes)
 
 
 def equivalents(data: DataConfig) -> list[tuple[str, ...]]:
@@ -90,15 +90,16 @@ def _questions(data: DataConfig, folder: str) -> list[tuple[str, str, str]]:
     roles = {"train": data.train_split, "test": data.test_split}
     place = storage.join(folder, "questions")
     present = storage.names(place)
-    stems = {name: name.removesuffix(".gz").removesuffix(".jsonl") for name in present if name.removesuffix(".gz").endswith(".jsonl")}
+    plain = {name: name.removesuffix(".gz").removesuffix(".zst") for name in present}
+    stems = {name: bare.removesuffix(".jsonl") for name, bare in plain.items() if bare.endswith(".jsonl")}
     if not stems:
-        raise UserError(f"{place}: no question files; it must hold <benchmark>.<split>.jsonl or .jsonl.gz")
+        raise UserError(f"{place}: no question files; it must hold <benchmark>.<split>.jsonl (.gz, .zst)")
     found: list[tuple[str, str, str]] = []
     for role, split in roles.items():
         names = [name for name, stem in stems.items() if stem.endswith(f".{split}") and stem != f".{split}"]
         if not names:
             splits = sorted({stem.rpartition(".")[2] for stem in stems.values() if "." in stem})
-            raise UserError(f"data.{role}_split={split}: no file <benchmark>.{split}.jsonl or .jsonl.gz in {place}; "
+            raise UserError(f"data.{role}_split={split}: no file <benchmark>.{split}.jsonl (.gz, .zst) in {place}; "
                             f"splits found: {', '.join(splits) or 'none'}")  # fmt: skip
         for name in names:
             files.either(place, f"{stems[name]}.jsonl", present)
@@ -121,8 +122,8 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
-def _read_passages(folder: str, name: str) -> Iterator[Passage]:
-    for where, record in files.records(storage.join(folder, name)):
+def _read_passages(folder: str, name: str, mistakes: Mistakes) -> Iterator[Item]:
+    def parse(where: str, record: files.Record) -> Iterator[Item]:
         yield Passage(
             passage_id=files.identifier(record, "id", where),
             title=files.string(record, "title", where, blank=True),
@@ -131,11 +132,11 @@ def _read_passages(folder: str, name: str) -> Iterator[Passage]:
             where=where,
         )
 
+    return items(files.records(storage.join(folder, name), mistakes), parse, mistakes)
 
-def _read_questions(folder: str, name: str, benchmark: str, split: str) -> Iterator[RawQuestion]:
-    empty = True
-    for where, record in files.records(storage.join(folder, name)):
-        empty = False
+
+def _read_questions(folder: str, name: str, benchmark: str, split: str, mistakes: Mistakes) -> Iterator[Item]:
+    def parse(where: str, record: files.Record) -> Iterator[Item]:
         stated = files.string(record, "benchmark", where, default=benchmark)
         if stated != benchmark:
             raise UserError(f"{where}: 'benchmark' is '{stated}' in a file of '{benchmark}'; move the line or rename the file")
@@ -152,5 +153,10 @@ def _read_questions(folder: str, name: str, benchmark: str, split: str) -> Itera
             gold_source=files.string(record, "gold_source", where, default="annotated"),
             where=where,
         )
+
+    empty = True
+    for question in items(files.records(storage.join(folder, name), mistakes), parse, mistakes):
+        empty = False
+        yield question
     if empty:
-        raise UserError(f"{storage.join(folder, name)}: holds no questions; remove it or fill it")
+        mistakes.add(UserError(f"{storage.join(folder, name)}: holds no questions; remove it or fill it"))

@@ -21,7 +21,7 @@ from intra.artifact import Artifact
 from intra.config import Config
 from intra.data import chunking, schema, sources, statistics
 from intra.data.chunking import Chunk
-from intra.data.raw import Passage, RawQuestion
+from intra.data.raw import Mistakes, Passage, RawQuestion
 from intra.data.schema import Question
 from intra.errors import UserError, WorkflowError
 
@@ -40,9 +40,9 @@ def build(config: Config, artifact: Artifact) -> dict[str, Any]:
     """
     data = config.data
     digests = sources.digests(data)
-    read_passages, read_questions = sources.read(data, config.seed)
-    passages = unique(read_passages, "passage", "passage_id")
-    questions = unique(read_questions, "question", "question_id")
+    found = [item for part in range(len(sources.parts(data))) for item in sources.read(data, config.seed, part, Mistakes())]
+    passages = unique([item for item in found if isinstance(item, Passage)], "passage", "passage_id")
+    questions = unique([item for item in found if isinstance(item, RawQuestion)], "question", "question_id")
     check(passages, questions, needs_answers(config))
     kept_questions = limit_questions(questions, data.question_limit, config.seed)
     kept = limit_pool(passages, {gold for question in kept_questions for gold in question.gold_ids}, data.pool_limit, config.seed)

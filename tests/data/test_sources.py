@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from intra import storage
-from intra.config import DataConfig
 from intra.data import sources
-from intra.data.raw import Passage, RawQuestion
+from intra.data.raw import Mistakes, Passage, RawQuestion
+from intra.data_config import DataConfig
 from intra.errors import UserError
 from tests.data.conftest import PASSAGES, QUESTIONS, write_lines
 
@@ -23,8 +23,8 @@ def jsonl(folder: Path | str, **values: object) -> DataConfig:
 
 
 def read(data: DataConfig) -> tuple[list[Passage], list[RawQuestion]]:
-    passages, questions = sources.read(data, 0)
-    return list(passages), list(questions)
+    found = [item for part in range(len(sources.parts(data))) for item in sources.read(data, 0, part, Mistakes())]
+    return [item for item in found if isinstance(item, Passage)], [item for item in found if isinstance(item, RawQuestion)]
 
 
 def refused(data: DataConfig) -> str:
