@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import yaml
@@ -26,27 +26,34 @@ class _Parser(argparse.ArgumentParser):
 
 def main(
     description: str | None,
-    plan: Callable[[Config], list[str]],
+    plan: Callable[[Config], Iterable[str]],
     run: Callable[[Config], object],
     arguments: Sequence[str] | None = None,
+    others: Mapping[str, tuple[Callable[[Config], object], str]] | None = None,
 ) -> int:
     """Parses the command line, then prints the plan (`--dry-run`) or runs the workflow. Returns the exit status.
 
     `plan` gives the lines that say what exists and what will be made; it must make nothing. What `run` returns, if not
-    None, is printed as the last line: the place of what was made.
+    None, is printed as the last line: the place of what was made. `others` are further things the workflow can do instead:
+    --<name> -> (function in place of `run`, help).
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan; make nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan; make nothing")
+    for name, (function, text) in (others or {}).items():
+        instead.add_argument(f"--{name}", dest="instead", action="store_const", const=function, help=text)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     try:
         options = parser.parse_intermixed_args(arguments)
         config = configuration.load(options.config, options.overrides)
         if options.dry_run:
             print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
-            print("---", *plan(config), sep="\n")
+            print("---")
+            for line in plan(config):
+                print(line, flush=True)
             return 0
-        result = run(config)
+        result = (getattr(options, "instead", None) or run)(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 
+DEATHS = 2  # of its actor that a row of Ray Data outlives
 LOCAL_OBJECT_STORE = 512 * 1024**2  # bytes; states never travel through the object store
 
 
@@ -83,6 +86,22 @@ def resources() -> dict[str, float]:
     return {name: float(found.get(name, 0)) for name in ("CPU", "GPU")}
 
 
+def fits(worker: Mapping[str, float]) -> int:
+    """How many workers of such a size ({"CPU": n, "GPU": m}) the machines of the cluster hold, as they stand."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wants = {name: amount for name, amount in worker.items() if amount}
+    return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wants.items()) for node in nodes)
+
+
+def ask_for(worker: Mapping[str, float], count: int) -> None:
+    """Tells the autoscaler, where there is one, that so many workers are wanted; 0 takes it back."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{name: amount for name, amount in worker.items() if amount}] * count)
+
+
 def quiet_data() -> None:
     """Keeps Ray Data's own bars and reports off the terminal; its log file (ray-data.log of the session) has them still.
 
@@ -93,16 +112,30 @@ def quiet_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # rows whose worker died again and again are left out; who asked for them sees that they lack
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
             handler.setLevel(logging.ERROR if joined() else logging.CRITICAL + 1)
+
+
+def stage(rows: Any, build: tuple[Any, ...], pool: Any, cpus: float, gpus: float = 0) -> Any:
+    """A Ray Data set whose rows a `Stage` of `build` (class, arguments) maps, in actors of `pool` with so many CPUs and GPUs each.
+
+    A row outlives DEATHS of its actor; then it is left out.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's plan to drop remote arguments: it offers no other way to end the retries
+        return rows.map(
+            Stage, fn_constructor_args=build, compute=pool, num_cpus=cpus, num_gpus=gpus or None, max_task_retries=DEATHS
+        )  # fmt: skip
 
 
 class Stage:
     """A stage of a Ray Data pipeline that hands its failure on as a row, for the driver to raise as one line (`check`).
 
     An exception raised in an actor reaches the driver as pages of several processes' stack traces, and one of its construction
-    only as text. Built from a class whose instances map a row (a mapping) to a row.
+    only as text. Built from a class whose instances map a row (a mapping) to a row. A failure is `fatal` where no other row would fare
+    better: of the construction, a user's mistake, a full disk.
     """
 
     def __init__(self, build: Callable[..., Callable[[Mapping[str, Any]], dict[str, Any]]], *arguments: Any) -> None:
@@ -110,7 +143,7 @@ class Stage:
         try:
             self._work = build(*arguments)
         except Exception as error:
-            self._failure = _failure(error)
+            self._failure = {**_failure(error), "fatal": True}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if "failure" in row:  # of a stage before
@@ -124,10 +157,13 @@ class Stage:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
+    full = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC
     if isinstance(error, UserError | WorkflowError):
-        return {"failure": str(error), "mistake": isinstance(error, UserError)}
+        mistake = isinstance(error, UserError)
+        return {"failure": str(error), "mistake": mistake, "fatal": mistake or full}
     traceback.print_exception(error)  # in the worker's log: this one was not foreseen
-    return {"failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "mistake": False}
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (on {socket.gethostname()})"
+    return {"failure": reason, "mistake": False, "fatal": False}
 
 
 def check(row: Mapping[str, Any], name: str) -> None:

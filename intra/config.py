@@ -21,6 +21,7 @@ from intra.data_config import DataConfig
 from intra.data_config import SyntheticConfig as SyntheticConfig
 from intra.errors import UserError
 from intra.section import Section
+from intra.store_config import StoreConfig
 
 METHODS = ("intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle")
 MODELS = Path(__file__).parent / "models.yaml"
@@ -149,15 +150,6 @@ class BackboneConfig(Section):
         if "{question}" not in self.prompt:
             raise ValueError("backbone.prompt must contain {question}")
         return self
-
-
-class StoreConfig(Section):
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    shard_chunks: int = Field(1024, ge=1)
-    batch_tokens: int = Field(8192, ge=64, description="padded tokens a batch; part of the store's fingerprint")
-    workers: int = Field(2, ge=1)
-    threads: int = Field(1, ge=1, description="CPU threads a worker")
-    gpus_per_worker: float = Field(0, ge=0)
 
 
 class RetrieverTrainConfig(Section):

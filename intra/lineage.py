@@ -2,7 +2,7 @@
 
     dataset    data section, seed, digests of the input files, tokenizer
     backbone   trained here: its recipe, the dataset, the seed; otherwise the digest of the model's files
-    store      backbone, the pool's digest, pooled_length, what shapes the bytes of a shard
+    store      its encoding (backbone, pooled_length, what shapes the bytes of a shard), the pool's digest
     retriever  store, the questions' digest, the retriever section, the seed
     vectors    of a dense baseline: its model and how it reads a passage, the pool's digest
     results    retriever, store, the questions' digest, the evaluate section
@@ -19,6 +19,7 @@ from intra.backbone import locate
 from intra.baselines import models
 from intra.config import Config
 from intra.data import sources
+from intra.store.format import FORMAT
 
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
 
@@ -67,15 +68,17 @@ def backbone(config: Config) -> Artifact:
     )  # fmt: skip
 
 
-def store(config: Config) -> Artifact:
+def encoding(config: Config) -> str:
+    """The fingerprint of all that shapes a store's bytes except the pool: stores that share it may share shards."""
     shape = config.store.model_dump(include={"dtype", "shard_chunks", "batch_tokens", "threads"})
-    return _artifact(
-        config,
-        "store",
-        "encode",
-        {"backbone": backbone(config).fingerprint, "compute": config.backbone.dtype, "pool": dataset(config).manifest()["pool_sha256"],
-         "template": config.data.template, "pooled_length": config.retriever.pooled_length, "shape": shape},
+    return fingerprint(
+        {"format": FORMAT, "backbone": backbone(config).fingerprint, "compute": config.backbone.dtype, "template": config.data.template,
+         "pooled_length": config.retriever.pooled_length, "shape": shape}
     )  # fmt: skip
+
+
+def store(config: Config) -> Artifact:
+    return _artifact(config, "store", "encode", {"encoding": encoding(config), "pool": dataset(config).manifest()["pool_sha256"]})
 
 
 def retriever(config: Config) -> Artifact:

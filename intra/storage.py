@@ -137,6 +137,30 @@ def write_bytes(url: str, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def create(url: str, data: bytes) -> bool:
+    """Writes the object as a whole unless there is one: of several callers one gets True, the others False."""
+    fs, path = filesystem(url)
+    with _named(url):
+        try:
+            if is_s3(url):
+                fs.pipe_file(path, data, mode="create")  # put with If-None-Match
+                return True
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+            try:
+                Path(temporary).write_bytes(data)
+                os.link(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if "ConditionalRequestConflict" in str(error.__cause__):  # another's is just being written
+                return False
+            raise
+    return True
+
+
 def read_json(url: str) -> Any:
     return json.loads(read_bytes(url))
 

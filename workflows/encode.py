@@ -1,171 +1,425 @@
 """Encodes every chunk of the pool once, with Ray Data: the chunk store (token states and pooled vectors in shards).
 
-    python workflows/encode.py --config configs/quickstart.yaml [section.key=value ...] [--dry-run]
+    python workflows/encode.py --config configs/quickstart.yaml [section.key=value ...] [--dry-run | --verify | --repair | --prune]
     ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/encode.py --config configs/paper.yaml root=s3://bucket/run
 
 Needs the dataset (workflows/prepare.py) and, with backbone.train=true, the backbone (workflows/warmstart.py). Cut off at any
 point, the same command redoes only the shards that are not committed. The store's bytes do not depend on `store.workers`.
+Of a pool that has changed only the new chunks are encoded. A shard that fails is tried again on another worker, then set aside while
+the rest goes on. --dry-run forecasts bytes, operations, hours and memory; --verify compares every byte with its checksum; --repair makes
+what is damaged again; --prune deletes what stores of older corpora with the same encoding do not share with this one.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from intra import cli, cluster, lineage
+from intra import cli, cluster, lineage, storage
 from intra.artifact import Artifact
 from intra.backbone import locate
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
-from intra.store.format import ITEM_BYTES, Shard, committed
-from intra.store.format import shards as cut
+from intra.store import claim, forecast, planning, prune, verify
+from intra.store.forecast import size
+from intra.store.format import PLAN, POOLED, SCALE, SETTINGS, STATES, Commit, Shard, committed
+from intra.store.progress import Progress
 
 WORKERS_A_LOADER = 8  # tokenising is light: one loader feeds many encoders
 LOADER_CPUS = 0.5
+ATTEMPTS = 2  # at a shard, each on another worker
+LOGGED = 30.0  # seconds between two entries in MLflow
 
 
-def plan(config: Config) -> list[str]:
-    """What exists, what will be made, and how large it is. Makes nothing."""
-    dataset = lineage.dataset(config)
-    if not dataset.complete():
-        return [f"encode: waits for the dataset {dataset.url} (workflows/prepare.py)"]
+def plan(config: Config) -> Iterator[str]:
+    """What exists, what will be made, how large it is. Makes nothing. Raises UserError, after all lines, where it cannot fit."""
+    try:
+        dataset = lineage.dataset(config)
+        waits = "" if dataset.complete() else f"waits for the dataset {dataset.url} (workflows/prepare.py)"
+    except (UserError, WorkflowError) as error:
+        if config.store.forecast.chunks is None or config.store.forecast.tokens is None:
+            raise
+        waits = f"waits for the dataset ({error})"
+    if waits:
+        yield f"encode: {waits}"
+        if config.store.forecast.chunks is None or config.store.forecast.tokens is None:
+            return
+        found = forecast.forecast(config, config.store.forecast.chunks, config.store.forecast.tokens)
+        yield "  on paper, by store.forecast:"
+        yield from forecast.lines(config, found)
+        forecast.check(config, found)
+        return
+    counts = dataset.manifest()
+    found = forecast.forecast(config, counts["chunks"], counts["tokens"])
     backbone = lineage.backbone(config)
     ready = not config.backbone.train or backbone.complete()
-    waits = "" if ready else f"; waits for the backbone {backbone.url} (workflows/warmstart.py)"
     store = lineage.store(config)
-    counts = dataset.manifest()
-    shards = cut(counts["chunks"], config.store.shard_chunks)
-    width = _hidden_size(config) * ITEM_BYTES[config.store.dtype]
-    states, pooled = counts["tokens"] * width, counts["chunks"] * config.retriever.pooled_length * width
-    size = (
-        f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens in {len(shards):,} shards; "
-        f"{_size(states)} of states and {_size(pooled)} of pooled vectors ({config.store.dtype})"
-    )
     if store.complete():
-        return [f"encode: store {store.url} is complete ({size})"]
-    done = len(committed(store, shards))
-    workers = min(config.store.workers, len(shards) - done)
-    todo = f"{done:,} shards are committed, {len(shards) - done:,} to make with {workers} workers"
-    return [f"encode: store {store.url}: {size}; {todo}{waits}"]
+        yield f"encode: store {store.url} is complete ({counts['chunks']:,} chunks, {counts['tokens']:,} tokens)"
+        older = prune.removals(store)
+        if older:
+            yield f"  {len(older)} stores of older corpora, {size(sum(item.bytes for item in older))}, can go (--prune)"
+        return
+    made = _plan(config, store, dataset)
+    commits = committed(store, made.shards)
+    missing = len(made.shards) - len(commits)
+    yield f"encode: store {store.url}" + ("" if ready else f"; waits for the backbone {backbone.url} (workflows/warmstart.py)")
+    if len(made.lent.rows):
+        lent = f"  {len(made.lent.rows):,} of the {counts['chunks']:,} chunks are borrowed from complete stores of the same encoding"
+        yield f"{lent} ({', '.join(made.bases)})"
+    found = forecast.forecast(config, len(made.fresh), made.fresh_tokens)
+    yield f"  {len(commits):,} shards are committed, {missing:,} to make with {min(config.store.workers, missing)} workers; encoded here:"
+    yield from forecast.lines(config, found)
+    forecast.check(config, found, _written(commits))
 
 
 def run(config: Config) -> str:
     """Makes the store where it is not complete. Returns its URL."""
     store = lineage.store(config)
-    if store.complete():
+    if _complete(store):
         return store.url
-    from intra import tracking
-
-    device = _device(config)
-    dataset = lineage.dataset(config)
-    if config.backbone.train:
-        lineage.backbone(config).manifest()  # there, and complete
-    with tracking.step(config, "encode", store) as step:
-        _encode(config, store, dataset, device, step)
+    _check(config)
+    with claim.hold(store) as mine:
+        if not _complete(store):  # another run may just have ended
+            _make(config, store, mine)
     return store.url
 
 
-def _encode(config: Config, store: Artifact, dataset: Artifact, device: str, step: Any) -> None:
-    from intra.data.schema import read_pool
+def check(config: Config) -> str:
+    """--verify: reads everything. Raises WorkflowError naming every file that is not what was written. Returns the store's URL."""
+    store = lineage.store(config)
+    manifest = store.manifest()
+    found = verify.damaged(store, manifest["files"], manifest["shards"])
+    if found:
+        named = "; ".join(map(str, found))
+        raise WorkflowError(f"store {store.url}: {named} ({len(found)} damaged in all); run the same command with --repair")
+    print(f"verify: {len(manifest['shards']):,} shards and {len(manifest['files'])} other files are as they were written")
+    return store.url
+
+
+def repair(config: Config) -> str:
+    """--repair: makes what is damaged or missing again. Returns the store's URL."""
+    store, dataset = lineage.store(config), lineage.dataset(config)
+    _check(config)
+    with claim.hold(store) as mine:
+        before: Mapping[str, Any] = {"files": {}, "shards": []}
+        try:
+            before = store.manifest()
+        except UserError:  # none, or not to be read: what is committed says what it must be
+            made = _plan(config, store, dataset)
+            commits = committed(store, made.shards)
+            before = {"files": {}, "shards": [verify.shard_entry(s.name, commits[s.number]) for s in made.shards if s.number in commits]}
+        found = verify.damaged(store, before["files"], before["shards"])
+        if not found and _complete(store):
+            print("repair: nothing is damaged")
+            return store.url
+        for item in found:
+            print(f"repair: {item}", file=sys.stderr)
+        _make(config, store, mine, verify.discard(store, found))
+    after = {shard["name"]: shard for shard in store.manifest()["shards"]}
+    bad = {item.shard for item in found if item.store is None}
+    for old in before["shards"]:
+        if old["name"] in bad and any(after[old["name"]][folder]["sha256"] != old[folder]["sha256"] for folder in (STATES, POOLED)):
+            print(
+                f"repair: shard {old['name']} is sound, but not bit for bit what it was: other hardware or libraries made it",
+                file=sys.stderr,
+            )
+    return store.url
+
+
+def remove_older(config: Config) -> str:
+    """--prune. Returns the store's URL."""
+    store = lineage.store(config)
+    removed = prune.prune(store)
+    for item in removed:
+        print(
+            f"prune: store {item.store.url}: {size(item.bytes)} deleted"
+            + (f", {item.kept} shards are borrowed and stay" if item.kept else "")
+        )
+    if not removed:
+        print("prune: no store of an older corpus with the same encoding")
+    return store.url
+
+
+def _complete(store: Artifact) -> bool:
+    """Raises UserError where the folder holds a store of something else."""
+    if not store.complete():
+        return False
+    found = store.manifest().get("fingerprint")
+    if found != store.fingerprint:
+        raise UserError(
+            f"store {store.url}: its manifest says {found}: the folder was renamed or copied; move it away, or give another root"
+        )
+    return True
+
+
+def _check(config: Config) -> None:
+    """Raises UserError where the run cannot succeed, before anything starts."""
+    _device(config)
+    if config.backbone.train:
+        lineage.backbone(config).manifest()  # there, and complete
+
+
+def _plan(config: Config, store: Artifact, dataset: Artifact, left_out: Sequence[str] = ()) -> planning.Plan:
+    return planning.make(
+        store, lineage.encoding(config), dataset.url, config.store.shard_chunks, reuse=config.store.reuse, left_out=left_out
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the passes over the cluster share."""
+
+    config: Config
+    store: Artifact
+    dataset: Artifact
+    source: Any  # writer.Source
+    plan: planning.Plan
+    claim: claim.Claim
+
+    def row(self, shard: Shard) -> dict[str, Any]:
+        return {
+            "shard": shard.number, "first": shard.first, "rows": shard.rows, "content": shard.content,
+            "places": self.plan.rows_of(shard).tobytes(),
+        }  # fmt: skip
+
+
+def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence[str] = ()) -> None:
+    from intra import tracking
     from intra.store import writer
 
-    pool = dataset.manifest()
-    step.log_input("pool", pool["pool_sha256"], dataset.url)
+    begun = time.time()
+    dataset = lineage.dataset(config)
+    counts = dataset.manifest()
+    made = _plan(config, store, dataset, left_out)
+    commits = committed(store, made.shards)
+    found = forecast.forecast(config, len(made.fresh), made.fresh_tokens)
+    forecast.check(config, found, _written(commits))
     # A trained backbone is an artifact below the root; any other is found by each machine for itself.
     model = lineage.backbone(config).url if config.backbone.train else config.backbone.model
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
     revision = None if config.backbone.train else config.backbone.revision
-    source = writer.Source(model, revision, locate.digest(model, revision), config.backbone.dtype, device, config.store.threads)
-    shards = cut(pool["chunks"], config.store.shard_chunks)
-    commits = committed(store, shards)
-    todo = [shard for shard in shards if shard.number not in commits]
-    started, tokens = time.monotonic(), 0
-    if todo:
-        cluster.connect(config)
-        with tqdm(total=len(shards), initial=len(shards) - len(todo), desc="encode", unit="shard", disable=None) as bar:
-            for line in _made(config, store, dataset, source, todo):
-                tokens += line["tokens"]
+    source = writer.Source(model, revision, locate.digest(model, revision), config.backbone.dtype, _device(config), config.store.threads)
+    settings = _settings(config, source.digest, counts["pool_sha256"])
+    _tell_of_others(store, settings)
+    with tracking.step(config, "encode", store) as step:
+        step.log_input("pool", counts["pool_sha256"], dataset.url)
+        step.log_metrics(forecast.summary(found))
+        storage.remove(store.path(prune.PRUNED))  # it is to be whole again
+        storage.write_json(store.path(SETTINGS), settings)
+        storage.write_json(store.path(PLAN), made.record())
+        job = _Job(config, store, dataset, source, made, mine)
+        todo = [shard for shard in made.shards if shard.number not in commits]
+        progress = Progress(len(todo), sum(shard.rows for shard in todo), begun)
+        if todo:
+            _shards(job, todo, progress, step)
+            commits = committed(store, made.shards)
+        width = forecast.encoder(config).hidden_size
+        manifest = writer.finish(
+            store, made.chunk_ids, made.shards, commits, settings, backbone=source.digest, hidden_size=width,
+            pooled_length=config.retriever.pooled_length, dtype=config.store.dtype, threads=config.store.threads,
+            encoding=lineage.encoding(config), digests=made.digests, lent=made.lent,
+            spread=functools.partial(_spread, job, width) if len(made.chunk_ids) > writer.GROUP_CHUNKS else None,
+        )  # fmt: skip
+        seconds = time.time() - begun
+        lent = f", {manifest['rows_borrowed']:,} of the chunks borrowed" if manifest["rows_borrowed"] else ""
+        print(
+            f"encode: {manifest['rows']:,} chunks, {manifest['tokens']:,} tokens, {size(manifest['bytes'])} in {len(made.shards):,} "
+            f"shards, {len(todo):,} of them made now, in {seconds:.0f} s{lent}"
+        )
+        step.log_metrics(
+            {
+                "shards": len(made.shards), "shards_made_now": len(todo), "chunks": manifest["rows"], "tokens": manifest["tokens"],
+                "chunks_borrowed": manifest["rows_borrowed"], "bytes": manifest["bytes"], "seconds": seconds,
+                "seconds_start_up": progress.start_up if todo else 0.0, "seconds_active": progress.active,
+                "tokens_per_second": progress.tokens_per_second, "compute_share": progress.compute_share,
+            }
+        )  # fmt: skip
+
+
+def _shards(job: _Job, todo: Sequence[Shard], progress: Progress, step: Any) -> None:
+    """Makes the shards on the cluster. Raises WorkflowError naming those that failed on every worker, when all others are committed."""
+    cluster.connect(job.config)
+    _wait_for_machines(job.config)
+    if job.config.store.dtype == "int8" and not storage.exists(job.store.path(SCALE)):
+        storage.write_bytes(job.store.path(SCALE), _scale(job))
+    total, logged = len(job.plan.shards), time.monotonic()
+    failures: dict[int, str] = {}
+    with tqdm(total=total, initial=total - len(todo), desc="encode", unit="shard", disable=None) as bar:
+        for attempt in range(ATTEMPTS):
+            failures = {shard.number: "its worker was lost (killed, or out of memory)" for shard in todo}
+            for row in _encoded(job, todo):
+                job.claim.check()
+                name = f"encode, shard {row['shard']:05d}"
+                if row.get("fatal"):
+                    cluster.check(row, name)
+                if row.get("failure") is not None:
+                    failures[row["shard"]] = row["failure"]
+                    continue
+                del failures[row["shard"]]
+                progress.add(row)
                 bar.update()
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-        commits = committed(store, shards)
-    manifest = writer.finish(
-        store, read_pool(dataset.url).chunk_ids, shards, commits, _settings(config), backbone=source.digest,
-        hidden_size=_hidden_size(config), pooled_length=config.retriever.pooled_length, dtype=config.store.dtype,
-        threads=config.store.threads,
+                bar.set_postfix_str(progress.line())
+                if time.monotonic() - logged > LOGGED:
+                    step.log_metrics(progress.metrics(), progress.done)
+                    logged = time.monotonic()
+            todo = [shard for shard in todo if shard.number in failures]
+            if not todo:
+                break
+            if attempt + 1 < ATTEMPTS:
+                print(f"encode: shards that failed are tried again on another worker: {_named(todo, failures)}", file=sys.stderr)
+    step.log_metrics({**progress.metrics(), "shards_set_aside": len(todo)}, progress.done)
+    if todo:
+        raise WorkflowError(
+            f"encode: {len(todo)} of {total} shards failed on {ATTEMPTS} workers and are set aside: {_named(todo, failures)}; all others "
+            "are committed: mend the cause and run the same command again"
+        )
+
+
+def _named(todo: Sequence[Shard], failures: Mapping[int, str]) -> str:
+    """The shards, those with the same reason together."""
+    reasons: dict[str, list[str]] = {}
+    for shard in todo:
+        reasons.setdefault(failures[shard.number], []).append(shard.name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+
+
+def _encoded(job: _Job, todo: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+    """One row for each shard: the numbers of EncodeCommit, or its failure. A shard whose worker died again and again has none."""
+    from ray.data import ActorPoolStrategy
+
+    from intra.store.writer import EncodeCommit
+
+    config, store = job.config, job.config.store
+    smallest, largest = _workers(config, len(todo))
+    rows = _tokenized(job, [job.row(shard) for shard in todo], math.ceil(smallest / WORKERS_A_LOADER))
+    rows = cluster.stage(
+        rows,
+        (EncodeCommit, job.store, job.source, config.retriever.pooled_length, store.batch_tokens, store.dtype),
+        # Four tasks ahead: one is encoded, one written, and two wait with their tokens ready.
+        ActorPoolStrategy(
+            min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=4, max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
+        store.threads,
+        store.gpus_per_worker,
     )  # fmt: skip
-    seconds = time.monotonic() - started
-    print(
-        f"encode: {manifest['rows']:,} chunks, {manifest['tokens']:,} tokens, {_size(manifest['bytes'])} in {len(shards):,} shards, "
-        f"{len(todo):,} of them made now, in {seconds:.0f} s"
-    )
-    step.log_metrics(
-        {
-            "shards": len(shards),
-            "shards_made_now": len(todo),
-            "chunks": manifest["rows"],
-            "tokens": manifest["tokens"],
-            "bytes": manifest["bytes"],
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-        }
-    )
+    yield from _rows(rows)
 
 
-def _made(config: Config, store: Artifact, dataset: Artifact, source: Any, todo: Sequence[Shard]) -> Iterator[dict[str, Any]]:
-    """Makes the shards on the cluster; one line of numbers for each, when it is committed."""
+def _tokenized(job: _Job, rows: Sequence[dict[str, Any]], loaders: int) -> Any:
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayError
 
-    from intra.store.writer import EncodeCommit, LoadTokenize
+    from intra.store.writer import LoadTokenize
 
     cluster.quiet_data()
-    smallest, largest = _workers(config, len(todo))
-    rows = ray.data.from_items(
-        [{"shard": shard.number, "first": shard.first, "rows": shard.rows} for shard in todo], override_num_blocks=len(todo)
-    )
-    rows = rows.map(
-        cluster.Stage,
-        fn_constructor_args=(LoadTokenize, dataset.url, source.model, source.revision, config.data.template),
-        compute=ActorPoolStrategy(size=math.ceil(smallest / WORKERS_A_LOADER)),
-        num_cpus=LOADER_CPUS,
-    )
-    rows = rows.map(
-        cluster.Stage,
-        fn_constructor_args=(EncodeCommit, store, source, config.retriever.pooled_length, config.store.batch_tokens, config.store.dtype),
-        compute=ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2),
-        num_cpus=config.store.threads,
-        num_gpus=config.store.gpus_per_worker or None,
-    )
+    items = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    build = (LoadTokenize, job.dataset.url, job.source.model, job.source.revision, job.config.data.template)
+    return cluster.stage(items, build, ActorPoolStrategy(size=loaders), LOADER_CPUS)
+
+
+def _scale(job: _Job) -> bytes:
+    """mu and sigma of an int8 store: those of the store that is borrowed from, else of a sample of this pool."""
+    import numpy as np
+    from ray.data import ActorPoolStrategy
+
+    from intra.store import writer
+
+    if job.plan.bases:
+        return storage.read_bytes(storage.join(job.store.url.rpartition("/")[0], job.plan.bases[0], SCALE))
+    places = np.array(writer.sample_rows(job.plan.digests), dtype=np.int64)
+    rows = _tokenized(job, [{"shard": 0, "first": 0, "rows": len(places), "content": "", "places": places.tobytes()}], 1)
+    store = job.config.store
+    build = (writer.Sample, job.source, store.batch_tokens)
+    for row in _rows(cluster.stage(rows, build, ActorPoolStrategy(size=1), store.threads, store.gpus_per_worker)):
+        cluster.check(row, "encode, sample for int8")
+        return bytes(row["scale"])
+    raise WorkflowError("encode, sample for int8: its worker was lost (killed, or out of memory); run the same command again")
+
+
+def _spread(job: _Job, width: int, manifest: dict[str, Any], groups: list[tuple[int, int]]) -> Iterable[Any]:
+    """The moments of the groups' pooled vectors, in their order, from the cluster (writer.finish)."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from intra.store import writer
+
+    cluster.connect(job.config)
+    cluster.quiet_data()
+    store = job.config.store
+    items = ray.data.from_items([{"first": first, "rows": rows} for first, rows in groups], override_num_blocks=len(groups))
+    workers = max(1, min(store.workers, len(groups), cluster.fits({"CPU": store.threads})))
+    build = (writer.GroupMoments, job.store.url, manifest, store.threads)
+    rows = cluster.stage(items, build, ActorPoolStrategy(size=workers), store.threads)
+    waiting: dict[int, Any] = {}
+    order = [first for first, _ in groups]
+    with tqdm(total=len(order), desc="whiten", unit="group", disable=None) as bar:
+        for row in _rows(rows):
+            job.claim.check()
+            cluster.check(row, f"whitening, chunks from {row['first']}")
+            waiting[row["first"]] = row
+            while order and order[0] in waiting:  # sums depend on their order
+                yield writer.moments_of(waiting.pop(order.pop(0)), width)
+                bar.update()
+    if order:
+        raise WorkflowError("whitening: a worker was lost (killed, or out of memory); the shards are committed: run the same command again")
+
+
+def _rows(rows: Any) -> Iterator[dict[str, Any]]:
+    from ray.exceptions import RayError
+
     try:
-        for row in rows.iter_rows():
-            cluster.check(row, f"encode, shard {row['shard']:05d}")
-            yield row
+        yield from rows.iter_rows()
     except RayError as error:
         reason = " ".join(str(error).split())[:300]
-        raise WorkflowError(f"encode: a worker was lost ({reason}); committed shards are kept: run the same command again") from error
+        raise WorkflowError(f"encode: the cluster gave up ({reason}); committed shards are kept: run the same command again") from error
+
+
+def _worker(config: Config) -> dict[str, float]:
+    return {"CPU": float(config.store.threads), "GPU": config.store.gpus_per_worker}
+
+
+def _needs(config: Config) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in _worker(config).items() if amount)
+
+
+def _wait_for_machines(config: Config) -> None:
+    """Raises UserError where not one worker fits the cluster, at once or after `store.wait_minutes`."""
+    deadline = time.monotonic() + 60 * config.store.wait_minutes
+    asked = False
+    while not cluster.fits(_worker(config)):
+        if time.monotonic() >= deadline:
+            has = " and ".join(f"{amount:g} {name}" for name, amount in cluster.resources().items())
+            raise UserError(
+                f"store.workers: no worker of {_needs(config)} fits: there are {has} here; lower store.gpus_per_worker or store.threads, "
+                "add machines, or set store.wait_minutes where an autoscaler adds them"
+            )
+        if not asked:
+            print(f"encode: no worker of {_needs(config)} fits yet; waiting up to {config.store.wait_minutes:g} minutes", file=sys.stderr)
+            cluster.ask_for(_worker(config), config.store.workers)
+            asked = True
+        time.sleep(5)
+    if asked:
+        cluster.ask_for(_worker(config), 0)
 
 
 def _workers(config: Config, shards: int) -> tuple[int, int]:
     """How many encoders at once: those that fit the cluster as it stands, and those wanted (an autoscaler may add machines)."""
     wanted = min(config.store.workers, shards)
-    free = cluster.resources()
-    per_worker = {"CPU": float(config.store.threads), "GPU": config.store.gpus_per_worker}
-    free["CPU"] -= LOADER_CPUS * math.ceil(wanted / WORKERS_A_LOADER)
-    fit = min(int(free[name] / amount) for name, amount in per_worker.items() if amount)
+    free = cluster.resources()["CPU"] - LOADER_CPUS * math.ceil(wanted / WORKERS_A_LOADER)
+    fit = min(cluster.fits(_worker(config)), int(free / config.store.threads))
     if fit < wanted:
-        needs = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items() if amount)
-        if fit < 1 and not cluster.joined():
-            raise UserError(f"store.workers: no worker of {needs} fits this machine; lower store.gpus_per_worker or store.threads")
         print(
-            f"encode: {max(fit, 0)} of {wanted} workers ({needs} each) fit the cluster now; the others wait for machines", file=sys.stderr
+            f"encode: {max(fit, 1)} of {wanted} workers ({_needs(config)} each) fit the cluster now; it goes on with those", file=sys.stderr
         )
     return max(1, min(fit, wanted)), wanted
 
@@ -177,33 +431,39 @@ def _device(config: Config) -> str:
         if device not in ("auto", "cpu"):
             raise UserError(f"backbone.device={device}, but store.gpus_per_worker is 0; set store.gpus_per_worker=1 or backbone.device=cpu")
         return "cpu"
-    return device
+    return "cuda" if device == "auto" else device  # a worker that was given a GPU and cannot see it must not go on without
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def _settings(config: Config, backbone: str, pool: str) -> dict[str, Any]:
     """What shaped the store's bytes, and no more: two runs that share the store agree on it. MLflow has the whole configuration."""
     return {
-        "data": {"template": config.data.template},
-        "backbone": config.backbone.model_dump(include={"model", "revision", "train", "dtype"}),
-        "store": config.store.model_dump(exclude={"workers", "gpus_per_worker"}),
+        "data": {"template": config.data.template, "pool": pool},
+        "backbone": {**config.backbone.model_dump(include={"model", "revision", "train", "dtype"}), "digest": backbone},
+        "store": config.store.model_dump(include={"dtype", "shard_chunks", "batch_tokens", "threads"}),
         "retriever": {"pooled_length": config.retriever.pooled_length},
     }
 
 
-def _hidden_size(config: Config) -> int:
-    if lineage.from_scratch(config):
-        return config.backbone.architecture.hidden_size
-    folder = locate.resolve(config.backbone.model, config.backbone.revision)
-    return int(json.loads((folder / "config.json").read_text())["decoder"]["hidden_size"])
+def _tell_of_others(store: Artifact, settings: Mapping[str, Any]) -> None:
+    """One line on what sets this new store apart from the one most like it under the same root."""
+    found = []
+    for name in planning.siblings(store):
+        place = storage.join(store.url.rpartition("/")[0], name, SETTINGS)
+        if storage.exists(place):
+            found.append((planning.differences(settings, storage.read_json(place)), name))
+    if found:
+        differences, name = min(found, key=lambda item: (len(item[0]), item[1]))
+        print(f"encode: a new store beside {name}, for {', '.join(differences)}", file=sys.stderr)
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
+def _written(commits: Mapping[int, Commit]) -> int:
+    return sum(int(commit[folder]["bytes"]) for commit in commits.values() for folder in (STATES, POOLED))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(__doc__, plan, run))
+    OTHERS = {
+        "verify": (check, "compare every byte of the store with its checksum"),
+        "repair": (repair, "make what is damaged or missing again, and only that"),
+        "prune": (remove_older, "delete stores of older corpora with the same encoding, except what this one borrows from them"),
+    }
+    sys.exit(cli.main(__doc__, plan, run, others=OTHERS))

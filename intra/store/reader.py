@@ -5,34 +5,36 @@
     for first, vectors in store.tiles(2048): ...
 
 States and single pooled vectors are read by byte ranges, one per chunk, and the last CACHE bytes of each are kept; where all of them
-take no more than that, whole shards are read, once. So memory does not grow with the pool.
+take no more than that, whole shards are read, once. So memory does not grow with the pool. What is read is compared with the CRC-32 of the
+index: states and single vectors each time, the vectors of tiles the first time that this object reads them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
-from tqdm import tqdm
 
 from intra import storage
 from intra.artifact import Artifact
 from intra.errors import UserError, WorkflowError
-from intra.store.format import INDEX, POOLED, STATES, WHITENING, path, torch_dtype
+from intra.store import quantize
+from intra.store.format import FORMAT, INDEX, POOLED, SCALE, STATES, WHITENING, path, pooled_bytes, token_bytes, torch_dtype
 
 CACHE = 256 * 1024**2  # bytes of token states kept in memory, and as many of pooled vectors
 
-Range = tuple[int, int, int]  # shard, first byte, number of bytes
+Range = tuple[int, int, int]  # position of the shard in the manifest, first byte, number of bytes
 
 
 class _Cache:
@@ -61,26 +63,38 @@ class _Cache:
 class ChunkStore:
     """A complete store at `url`. Rows are those of the pool: sorted by chunk id.
 
-    Raises UserError where the store is missing or incomplete. Attributes: url, manifest, chunk_ids, row_of, hidden_size,
-    pooled_length; `len()` is the number of chunks.
+    Raises UserError where the store is missing, incomplete or of another format. Attributes: url, manifest, chunk_ids, row_of, hidden_size,
+    pooled_length, dtype (of the states: float32, bfloat16 or int8); `len()` is the number of chunks.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, manifest: Mapping[str, Any] | None = None) -> None:
+        """`manifest` is for who makes the store and has not written it yet."""
         self.url = storage.absolute(url)
-        self.manifest = Artifact("store", self.url, "", "encode").manifest()
+        self.manifest = dict(manifest) if manifest is not None else Artifact("store", self.url, "", "encode").manifest()
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(f"store {self.url} has format version {self.manifest.get('format', 1)}, this program reads {FORMAT}; run "
+                            "workflows/encode.py again: it makes a new store beside it")  # fmt: skip
         self.hidden_size: int = self.manifest["hidden_size"]
         self.pooled_length: int = self.manifest["pooled_length"]
-        self._dtype = torch_dtype(self.manifest["dtype"])
+        self.dtype: str = self.manifest["dtype"]
+        self._pooled_dtype = torch_dtype(self.manifest["pooled_dtype"])
+        self._sizes = {
+            STATES: token_bytes(self.hidden_size, self.dtype),
+            POOLED: pooled_bytes(self.hidden_size, self.pooled_length, self.dtype),
+        }
         index = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.url, INDEX))))
         self.chunk_ids: list[str] = index["chunk_id"].to_pylist()
         self._shard, self._row, self._tokens, self._offset = (index[name].to_numpy() for name in ("shard", "row", "n_tokens", "offset"))
-        self._firsts = np.array([shard["first"] for shard in self.manifest["shards"]], dtype=np.int64)
-        shards = self.manifest["shards"]
-        self._fits = {folder: sum(shard[folder]["bytes"] for shard in shards) <= CACHE for folder in (STATES, POOLED)}
+        self._sums = {folder: index[f"{folder}_crc32"].to_numpy() for folder in (STATES, POOLED)}
+        self._seen = np.zeros(len(self.chunk_ids), dtype=bool)  # rows whose pooled vectors a tile has compared
+        self._shards: list[dict[str, Any]] = self.manifest["shards"]
+        beside = self.url.rpartition("/")[0]
+        self._urls = [storage.join(beside, shard["store"]) if shard["store"] else self.url for shard in self._shards]
+        self._fits = {folder: sum(shard[folder]["bytes"] for shard in self._shards) <= CACHE for folder in (STATES, POOLED)}
         self._caches = {folder: _Cache() for folder in (STATES, POOLED)}
         if len(self.chunk_ids) != self.manifest["rows"]:
             raise WorkflowError(f"store {self.url}: {INDEX} has {len(self.chunk_ids)} rows, the manifest {self.manifest['rows']}; "
-                                "delete the store and run workflows/encode.py again")  # fmt: skip
+                                "run workflows/encode.py --repair with the same configuration")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.chunk_ids)
@@ -99,37 +113,62 @@ class ChunkStore:
     def states(self, chunk_ids: Sequence[str]) -> list[Tensor]:
         """The token states of each chunk, Tensor[n_tokens, d] fp32, in the order asked for; an id may occur more than once.
 
-        Raises UserError: an unknown id. WorkflowError: a shard that is cut off.
+        Raises UserError: an unknown id. WorkflowError: a shard that is missing, cut off or changed.
         """
+        if self.dtype == "int8":
+            mu, sigma = self.scale
+            return [quantize.dequantize(values, scale, mu, sigma) for values, scale in self.quantized(chunk_ids)]
+        return [stored.view(torch_dtype(self.dtype)).view(-1, self.hidden_size).float() for stored in self._stored(chunk_ids)]
+
+    def quantized(self, chunk_ids: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """The states as an int8 store keeps them: (x int8 [n_tokens, d], s fp32 [n_tokens]) of each chunk; state = mu + sigma * s * x.
+
+        With `quantize.fold` queries go against x itself, exactly. Raises as `states`, and ValueError for a store of another dtype.
+        """
+        if self.dtype != "int8":
+            raise ValueError(f"store {self.url} keeps {self.dtype}, not int8")
+        return [quantize.split(stored.view(-1, self._sizes[STATES])) for stored in self._stored(chunk_ids)]
+
+    @cached_property
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """(mu, sigma) of an int8 store, Tensor[d] fp32 each (intra.store.quantize)."""
+        tensors = load_safetensors(storage.read_bytes(storage.join(self.url, SCALE)))
+        return tensors["mu"], tensors["sigma"]
+
+    def _stored(self, chunk_ids: Sequence[str]) -> list[Tensor]:
+        """The bytes of each chunk's states, int8 [n]."""
         rows = self.rows(chunk_ids)
         unique = sorted(set(rows))
-        width = self.hidden_size * self._dtype.itemsize
+        width = self._sizes[STATES]
         found = self._read(STATES, [(int(self._shard[row]), int(self._offset[row]), int(self._tokens[row]) * width) for row in unique])
-        tensors = {row: self._tensor(data).view(-1, self.hidden_size).float() for row, data in zip(unique, found, strict=True)}
+        self._compare(STATES, unique, found)
+        tensors = {row: torch.frombuffer(bytearray(data), dtype=torch.int8) for row, data in zip(unique, found, strict=True)}
         return [tensors[row] for row in rows]
 
     def pooled(self, wanted: Sequence[int] | Sequence[str]) -> Tensor:
         """The pooled vectors of the chunks, given by row or by id: Tensor[N, pooled_length, d] fp32, in the order asked for."""
         rows = self._checked(wanted)
         unique = sorted(set(rows))
-        size = self.pooled_length * self.hidden_size * self._dtype.itemsize
-        parts = self._read(POOLED, [self._pooled_range(row, 1, size) for row in unique])
+        parts = self._read(POOLED, [self._pooled_range(int(self._shard[row]), int(self._row[row]), 1) for row in unique])
         if not parts:
             return torch.empty(0, self.pooled_length, self.hidden_size)
-        vectors = self._tensor(b"".join(parts)).view(-1, self.pooled_length, self.hidden_size).float()
+        self._compare(POOLED, unique, parts)
+        vectors = torch.frombuffer(bytearray(b"".join(parts)), dtype=self._pooled_dtype)
         place = {row: number for number, row in enumerate(unique)}
-        return vectors[[place[row] for row in rows]]
+        return vectors.view(-1, self.pooled_length, self.hidden_size).float()[[place[row] for row in rows]]
 
-    def tiles(self, tile_chunks: int) -> Iterator[tuple[int, Tensor]]:
-        """All pooled vectors in row order, `tile_chunks` chunks at a time: (first row, Tensor[n, pooled_length, d] fp32).
+    def tiles(self, tile_chunks: int, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The pooled vectors of all rows (or of `count` from `start`) in row order, `tile_chunks` chunks at a time: (first row,
+        Tensor[n, pooled_length, d] fp32).
 
         Only the last tile may be smaller. While the caller works on a tile the next one is read: two are in memory, however
         large the pool.
         """
+        end = len(self) if count is None else start + count
         with ThreadPoolExecutor(1, thread_name_prefix="tiles") as ahead:
             pending = None
-            for first in range(0, len(self), tile_chunks):
-                following = ahead.submit(self._tile, first, min(tile_chunks, len(self) - first))
+            for first in range(start, end, tile_chunks):
+                following = ahead.submit(self._tile, first, min(tile_chunks, end - first))
                 if pending is not None:
                     yield pending[0], pending[1].result()
                 pending = (first, following)
@@ -140,18 +179,6 @@ class ChunkStore:
         """(mean Tensor[d], matrix Tensor[d, d]) fp32: a vector x is whitened as (x - mean) @ matrix (intra.store.whitening)."""
         tensors = load_safetensors(storage.read_bytes(storage.join(self.url, WHITENING)))
         return tensors["mean"], tensors["matrix"]
-
-    def verify(self) -> None:
-        """Reads every file and compares it with the manifest's SHA-256. Raises WorkflowError naming the first shard that differs."""
-        for shard in tqdm(self.manifest["shards"], desc="verify", unit="shard", disable=None):
-            for folder in (STATES, POOLED):
-                place = path(self.url, folder, shard["shard"])
-                try:
-                    found = hashlib.sha256(storage.read_bytes(place)).hexdigest()
-                except FileNotFoundError:
-                    raise self._damaged(place, "is missing") from None
-                if found != shard[folder]["sha256"]:
-                    raise self._damaged(place, "differs from what was written")
 
     def _checked(self, wanted: Sequence[int] | Sequence[str]) -> list[int]:
         ids = [item for item in wanted if isinstance(item, str)]
@@ -164,30 +191,47 @@ class ChunkStore:
         return rows
 
     def _tile(self, first: int, count: int) -> Tensor:
-        size = self.pooled_length * self.hidden_size * self._dtype.itemsize
-        ranges, row = [], first
-        while row < first + count:
-            end = min(first + count, self._shard_end(row))
-            ranges.append(self._pooled_range(row, end - row, size))
-            row = end
-        parts = [self._tensor(part) for part in self._read(POOLED, ranges, keep=False)]
-        return torch.cat(parts).view(-1, self.pooled_length, self.hidden_size).float()
+        """One range of each shard that the rows touch: from the first to the last of them, in which other stores' rows may stand."""
+        size = self._sizes[POOLED]
+        found = np.empty((count, size), dtype=np.uint8)
+        shard, row = self._shard[first : first + count], self._row[first : first + count]
+        places = [np.flatnonzero(shard == number) for number in np.unique(shard)]
+        starts = [int(row[place].min()) for place in places]
+        ranges = [
+            self._pooled_range(int(shard[place[0]]), start, int(row[place].max()) - start + 1)
+            for place, start in zip(places, starts, strict=True)
+        ]
+        for place, start, part in zip(places, starts, self._read(POOLED, ranges, keep=False), strict=True):
+            found[place] = np.frombuffer(part, dtype=np.uint8).reshape(-1, size)[row[place] - start]
+        fresh = [number for number in range(count) if not self._seen[first + number]]
+        self._compare(POOLED, [first + number for number in fresh], [found[number].data for number in fresh])
+        self._seen[first : first + count] = True
+        return (
+            torch.from_numpy(found.view(np.int8)).view(-1).view(self._pooled_dtype).view(-1, self.pooled_length, self.hidden_size).float()
+        )
 
-    def _shard_end(self, row: int) -> int:
-        shard = self.manifest["shards"][int(np.searchsorted(self._firsts, row, side="right")) - 1]
-        return int(shard["first"] + shard["rows"])
+    def _pooled_range(self, shard: int, row: int, count: int) -> Range:
+        size = self._sizes[POOLED]
+        return shard, int(self._shards[shard][POOLED]["data_offset"]) + row * size, count * size
 
-    def _pooled_range(self, row: int, count: int, size: int) -> Range:
-        number = int(self._shard[row])
-        start = self.manifest["shards"][number][POOLED]["data_offset"] + int(self._row[row]) * size
-        return number, int(start), count * size
+    def _compare(self, folder: str, rows: Sequence[int], found: Sequence[bytes | memoryview]) -> None:
+        """Raises WorkflowError where the bytes of a chunk are not those that were written."""
+        sums = self._sums[folder]
+        for row, data in zip(rows, found, strict=True):
+            if zlib.crc32(data) != sums[row]:
+                raise self._damaged(
+                    self._path(folder, int(self._shard[row])), f"differs from what was written (chunk {self.chunk_ids[row]})"
+                )
+
+    def _path(self, folder: str, shard: int) -> str:
+        return path(self._urls[shard], folder, self._shards[shard]["name"])
 
     def _read(self, folder: str, ranges: Sequence[Range], keep: bool = True) -> list[bytes]:
         """The bytes of each range of the shards of `folder`; `keep` them where the folder is too large to be kept whole."""
         if not self._fits[folder]:
             return self._kept(folder, ranges) if keep else self._fetched(folder, ranges)
         shards = sorted({shard for shard, _, _ in ranges})
-        whole = self._kept(folder, [(shard, 0, int(self.manifest["shards"][shard][folder]["bytes"])) for shard in shards])
+        whole = self._kept(folder, [(shard, 0, int(self._shards[shard][folder]["bytes"])) for shard in shards])
         views = {shard: memoryview(data) for shard, data in zip(shards, whole, strict=True)}
         return [bytes(views[shard][start : start + length]) for shard, start, length in ranges]
 
@@ -201,7 +245,7 @@ class ChunkStore:
         return [fresh[key] if data is None else data for key, data in ((key, found[key]) for key in ranges)]
 
     def _fetched(self, folder: str, ranges: Sequence[Range]) -> list[bytes]:
-        places = [path(self.url, folder, shard) for shard, _, _ in ranges]
+        places = [self._path(folder, shard) for shard, _, _ in ranges]
         try:
             found = storage.read_ranges([(place, start, start + length) for place, (_, start, length) in zip(places, ranges, strict=True)])
         except (FileNotFoundError, WorkflowError):
@@ -215,8 +259,7 @@ class ChunkStore:
     def _name_damage(self, folder: str, shards: set[int]) -> None:
         """After a failed read of several files: raises WorkflowError for the first that is missing or of another size, if any."""
         for shard in sorted(shards):
-            place = path(self.url, folder, shard)
-            stated = self.manifest["shards"][shard][folder]["bytes"]
+            place, stated = self._path(folder, shard), self._shards[shard][folder]["bytes"]
             try:
                 found = storage.size(place)
             except FileNotFoundError:
@@ -224,11 +267,5 @@ class ChunkStore:
             if found != stated:
                 raise self._damaged(place, f"is cut off ({found} bytes where {stated} should be)")
 
-    def _tensor(self, data: bytes) -> Tensor:
-        return torch.frombuffer(bytearray(data), dtype=self._dtype)
-
     def _damaged(self, place: str, what: str) -> WorkflowError:
-        return WorkflowError(
-            f"{place} {what}; delete it and {storage.join(self.url, 'manifest.json')}, then run workflows/encode.py again with the same "
-            "configuration: it makes that shard again"
-        )
+        return WorkflowError(f"{place} {what}; run workflows/encode.py --repair with the same configuration, which makes it again")

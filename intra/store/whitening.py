@@ -26,14 +26,20 @@ class Moments:
     def add(self, vectors: Tensor) -> None:
         """vectors: Tensor[n, d]."""
         block = vectors.double()
-        count = block.shape[0]
-        if count == 0:
-            return
-        mean = block.mean(0)
-        centred = block - mean
+        if len(block):
+            mean = block.mean(0)
+            centred = block - mean
+            self._merge(len(block), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> None:
+        """Adds what another has counted."""
+        if other.count:
+            self._merge(other.count, other.mean, other.scatter)
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         shift = mean - self.mean
         total = self.count + count
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * count / total)
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
 

@@ -1,0 +1,32 @@
+"""The keys of the configuration's section `store`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from intra.section import Section
+
+
+class ForecastConfig(Section):
+    """What `encode.py --dry-run` reckons with."""
+
+    tflops: float = Field(790.0, gt=0, description="of one device: an H100's bfloat16")
+    utilisation: float = Field(0.6, gt=0, le=1, description="share of it that encoding reaches")
+    chunks: int | None = Field(None, ge=1, description="of the pool, where the dataset is not made yet")
+    tokens: int | None = Field(None, ge=1, description="of the pool, where the dataset is not made yet")
+
+
+class StoreConfig(Section):
+    dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "bfloat16", description="of the token states; int8 keeps the pooled ones bfloat16"
+    )
+    shard_chunks: int = Field(1024, ge=1, description="chunks a shard, the unit of work and of commit")
+    reuse: bool = Field(True, description="borrow unchanged chunks from complete stores of the same encoding under the root")
+    batch_tokens: int = Field(8192, ge=64, description="padded tokens a batch; part of the store's fingerprint")
+    workers: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1, description="CPU threads a worker")
+    gpus_per_worker: float = Field(0, ge=0)
+    wait_minutes: float = Field(0, ge=0, description="how long to wait for machines that an autoscaler adds, where no worker fits yet")
+    forecast: ForecastConfig = ForecastConfig()
