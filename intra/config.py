@@ -66,6 +66,7 @@ class StageConfig(Section):
     growth: float | None = Field(None, ge=0, le=1, description="share of this stage's steps, at its start")
     binding: float | None = Field(None, ge=0, le=1)
     bridge: float | None = Field(None, ge=0, le=1)
+    comparison: float | None = Field(None, ge=0, le=1)
     name_parts: list[int] | None = None
     extra_chunks: int | None = Field(None, ge=0)
     learning_rate_factor: float = Field(1.0, gt=0, description="times the learning rates that the schedule gives")
@@ -83,6 +84,7 @@ class WarmstartConfig(Section):
     growth: float = Field(0.0, ge=0, le=1, description="share of the steps, at the start, over which mini-worlds grow from 2 chunks")
     binding: float = Field(0.5, ge=0, le=1, description="share of mini-worlds of one kind of entity only (synthetic)")
     bridge: float = Field(0.5, ge=0, le=1, description="share of bridge questions in the other mini-worlds (synthetic)")
+    comparison: float = Field(0.25, ge=0, le=1, description="share of comparisons among the questions that are no bridges (synthetic)")
     name_parts: list[int] | None = Field(None, description="words of names, drawn for each mini-world; null takes the pool's (synthetic)")
     distractors: int = Field(8, ge=0, description="random chunks a question, packed beside the gold ones (other sources)")
     extra_chunks: int = Field(0, ge=0, description="further chunks a micro-batch, negatives of the retrieval and hop losses alone")

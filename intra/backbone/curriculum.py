@@ -23,8 +23,19 @@ from intra.errors import UserError
 
 Batches = Callable[[int], list[Batch]]
 
-UNORDERED = ("comparison",)  # question types that name both their chunks: no layer has to find one before the other
-STAGE_KEYS = ("losses", "world_chunks", "growth", "binding", "bridge", "name_parts", "extra_chunks")  # what a stage may set anew
+# Question types that name both their chunks. Early layers are to find the last, whose name stands nearest to where the query is read: to
+# tell a name by its place among several takes more layers than to tell the nearest.
+NAMED = ("comparison",)
+STAGE_KEYS = (
+    "losses",
+    "world_chunks",
+    "growth",
+    "binding",
+    "bridge",
+    "comparison",
+    "name_parts",
+    "extra_chunks",
+)  # what a stage may set anew
 NEAR_SHARE = 0.5  # of the extra chunks of a gold entity's kind, those under a near name of it
 FRESH_WORLDS = 8  # mini-worlds that are never trained on, for `fresh_batches`
 
@@ -81,7 +92,14 @@ def synthetic_batches(config: Config, backbone: Backbone, rank: int = 0, workers
                 size = world_size(rng, step, recipe)
                 parts = _name_parts(config, now, index)
                 world = synthetic.world(
-                    config.seed, index, chunks=size, questions=recipe.questions, binding=now.binding, bridge=now.bridge, parts=parts
+                    config.seed,
+                    index,
+                    chunks=size,
+                    questions=recipe.questions,
+                    binding=now.binding,
+                    bridge=now.bridge,
+                    comparison=now.comparison,
+                    parts=parts,
                 )
                 texts, asked = _asked(world, config)
                 worlds.append(_pack(backbone, rng, backbone.tokenize(texts), asked, now))
@@ -114,7 +132,7 @@ def _asked(world: synthetic.World, config: Config) -> tuple[list[str], list[Aske
     asked = []
     for item in world.questions:
         gold = [place[passage] for passage in item.gold_ids]
-        asked.append(Asked(item.question, item.answers[0], gold, world.passages[gold[-1]].title, item.type not in UNORDERED))
+        asked.append(Asked(item.question, item.answers[0], gold, world.passages[gold[-1]].title, item.type in NAMED))
     return texts, asked
 
 
@@ -265,7 +283,7 @@ def question_batches(
                         rng.choice(question.answers),
                         [place[row] for row in group],
                         pool.titles[group[-1]],
-                        question.type not in UNORDERED,
+                        question.type in NAMED,
                     )
                     for question, group in zip(drawn, gold, strict=True)
                 ]
@@ -299,14 +317,14 @@ class Asked:
     answer: str
     gold: list[int]  # chunks of the world, in hop order
     bridge: str  # the title of the last gold chunk
-    ordered: bool = True  # the gold chunks are hops, one leading to the next
+    named: bool = False  # the question names all its gold chunks
 
 
 def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked: Sequence[Asked], recipe: WarmstartConfig) -> PackedWorld:
     """One world: an answer segment for each question, and a retrieval segment for a share of them.
 
-    The answer is read from the whole world. A retrieval pass will read S_0, which has the first hop and seldom the last: so
-    its segment sees each chunk with a chance of its own, and of the gold mostly the first alone.
+    The answer is read from the whole world. A retrieval pass will read S_0, which has the first hop and, unless the question names
+    it, seldom the last: so its segment sees each chunk with a chance of its own, and of the gold mostly the first alone.
     """
     prompts = backbone.prompt_ids([item.question for item in asked])
     answers = backbone.answer_ids([item.answer for item in asked])
@@ -321,11 +339,11 @@ def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked
     if recipe.losses.retrieval or recipe.losses.hop:
         chosen = rng.sample(range(len(asked)), max(1, round(recipe.retrieval_share * len(asked))))
         for index in chosen:
-            gold = asked[index].gold
+            gold, named = asked[index].gold, asked[index].named
             visible = [chunk for chunk in everything if chunk not in gold and rng.random() < 0.8]
-            visible += [chunk for hop, chunk in enumerate(gold) if rng.random() < (0.9 if hop == 0 else 0.2)]
+            visible += [chunk for hop, chunk in enumerate(gold) if rng.random() < (0.9 if hop == 0 else 0.6 if named else 0.2)]
             offsets = sorted(rng.sample(range(recipe.probe_span), recipe.probes))
-            segment = retrieval_segment(prompts[index], offsets, visible, gold, asked[index].ordered)
+            segment = retrieval_segment(prompts[index], offsets, visible, gold[::-1] if named else gold)
             if bridges[index] and gold[0] in visible:
                 segment.looks = [Look(place, EARLY, bridges[index]) for place in segment.probes]
             segments.append(segment)

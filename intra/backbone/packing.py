@@ -39,8 +39,8 @@ class Segment:
     """One question's stretch of the decoder row.
 
     ids, positions, labels: one entry a token; visible: the chunks of its world it may read, by index. A retrieval
-    segment also has `probes`, the places (in the segment) whose queries retrieve, and `gold`, chunks in hop order. `looks` is
-    what the attention loss supervises.
+    segment also has `probes`, the places (in the segment) whose queries retrieve, and `gold`, chunks in the order in which the
+    layers are to find them. `looks` is what the attention loss supervises.
     """
 
     ids: list[int]
@@ -49,7 +49,6 @@ class Segment:
     visible: list[int]
     probes: list[int] = field(default_factory=list)
     gold: list[int] = field(default_factory=list)
-    ordered: bool = True
     looks: list[Look] = field(default_factory=list)
 
 
@@ -74,7 +73,7 @@ class Batch:
     probe_rows: Tensor  # long [S, R]
     probe_columns: Tensor  # long [S, R]
     gold: Tensor  # float [S, C + E]: the share of each chunk among the question's gold
-    first: Tensor  # float [S, C + E]: 1 for the first gold chunk; where they have no order, as `gold`
+    first: Tensor  # float [S, C + E]: 1 for the first gold chunk
     last: Tensor  # float [S, C + E]: the same for the last
     kept: Tensor  # bool [C + E, P]: the pooled vectors of each chunk that the retrieval and hop losses score
     look_row: Tensor  # long [K]
@@ -94,14 +93,12 @@ def answer_segment(prompt: Sequence[int], answer: Sequence[int], visible: Sequen
     return Segment(ids, list(range(len(ids))), [IGNORE] * (len(prompt) - 1) + list(answer), list(visible))
 
 
-def retrieval_segment(
-    prompt: Sequence[int], offsets: Sequence[int], visible: Sequence[int], gold: Sequence[int], ordered: bool = True
-) -> Segment:
+def retrieval_segment(prompt: Sequence[int], offsets: Sequence[int], visible: Sequence[int], gold: Sequence[int]) -> Segment:
     """The prompt and, at the given distances behind it, copies of its last token, which stand for retrieval tokens."""
     start = len(prompt)
     ids = [*prompt, *[prompt[-1]] * len(offsets)]
     positions = [*range(start), *(start + offset for offset in offsets)]
-    return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold), ordered)
+    return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold))
 
 
 def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] = (), extra_kept: Sequence[list[bool]] = ()) -> Batch:
@@ -112,7 +109,7 @@ def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] 
     chunks = [chunk for world in worlds for chunk in world.chunks]
     longest = max(len(chunk) for chunk in chunks)
     gather, memory_chunk, rows = [], [], []
-    probe_rows, probe_columns, golds, ordered = [], [], [], []
+    probe_rows, probe_columns, golds = [], [], []
     looks: list[tuple[int, int, int, list[int]]] = []
     width = max(len(world.chunks) for world in worlds)
     visible = torch.zeros(len(worlds), max(len(world.segments) for world in worlds), width, dtype=torch.bool)
@@ -135,17 +132,14 @@ def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] 
                 probe_rows.append([number] * len(segment.probes))
                 probe_columns.append([start + place for place in segment.probes])
                 golds.append([offset + chunk for chunk in segment.gold])
-                ordered.append(segment.ordered)
         rows.append(row)
         offset += len(world.chunks)
     gold = torch.zeros(len(golds), len(chunks) + len(extra))
     for number, group in enumerate(golds):
         gold[number, group] = 1 / len(group)
-    first, last = gold.clone(), gold.clone()
+    first, last = torch.zeros_like(gold), torch.zeros_like(gold)
     for number, group in enumerate(golds):
-        if ordered[number]:
-            first[number], last[number] = 0, 0
-            first[number, group[0]] = last[number, group[-1]] = 1
+        first[number, group[0]] = last[number, group[-1]] = 1
     places = _padded(gather, 0)
     target = torch.zeros(len(looks), places.shape[1], dtype=torch.bool)
     for number, look_at in enumerate(looks):

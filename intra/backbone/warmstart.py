@@ -7,8 +7,8 @@
                 title's alone, must say whose chunk it is, and a fact is bound to its entity.
                 `retrieval_scoring` mixture: the score is the log of the mean over layers of each layer's own softmax over the chunks,
                 so that a late layer's choice is not buried under an early one's.
-    hop         the same (as a sum) with the early half of the layers against the first gold chunk, the late half against the last
-
+    hop         the same (as a sum) with the early half of the layers against the first gold chunk, the late half against the last;
+                of a comparison against the last and the first
     attention   minus the log of the attention that falls on given tokens, the mean over the heads of one half of the layers: late layers
                 look at the answer's tokens, early ones at the words in the first gold chunk that name the last
 

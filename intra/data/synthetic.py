@@ -110,14 +110,15 @@ def generate(synthetic: SyntheticConfig, seed: int) -> tuple[list[Passage], list
 
 
 def world(
-    seed: int, index: int, *, chunks: int = 8, questions: int = 12, binding: float = 0.5, bridge: float = 0.5, parts: int = 2
-) -> World:
+    seed: int, index: int, *, chunks: int = 8, questions: int = 12, binding: float = 0.5, bridge: float = 0.5, comparison: float = 0.25,
+    parts: int = 2,
+) -> World:  # fmt: skip
     """Mini-world number `index` of a seed: `chunks` passages of training names and up to `questions` questions about them.
 
     A share `binding` of the worlds holds one kind only, so that every chunk states the same relations and only the name
     tells which chunk answers; half of the others are a source kind and the kind it leads to, so that bridges are many.
-    `bridge` is the share of bridge questions where the world has any. Same arguments, same world; worlds of different
-    (seed, index) are independent.
+    `bridge` is the share of bridge questions where the world has any, `comparison` that of comparisons among the others. Same
+    arguments, same world; worlds of different (seed, index) are independent.
     """
     rng = random.Random(f"intra synthetic world {seed} {index}")
     if rng.random() < binding:
@@ -138,7 +139,7 @@ def world(
     made: list[RawQuestion] = []
     wanted = round(questions * share)
     made += _questions(rng, entities, "bridge", min(wanted, len(bridges)), "train")
-    compared = min((questions - len(made)) // 4, len(entities) // 2)
+    compared = min(int((questions - len(made)) * comparison), len(entities))
     made += _questions(rng, entities, "comparison", compared, "train", strict=False)
     singles = min(questions - len(made), sum(len(entity.kind.relations) for entity in entities))
     made += _questions(rng, entities, "single", singles, "train")

@@ -599,18 +599,25 @@ def test_sharded_weights_train_like_whole_ones_and_go_on_from_a_checkpoint(folde
         weights("sharded-3")
 
 
-def test_the_gold_of_a_comparison_has_no_order(backbone: model.Backbone) -> None:
-    segments = [
-        retrieval_segment([1, 2], range(PROBES), [0], [0, 2]),
-        retrieval_segment([1, 2], range(PROBES), [0], [0, 2], ordered=False),
-    ]
-    world = PackedWorld([[5, 6]] * 3, segments, [[True] * POOLED] * 3)
+def test_of_a_comparison_early_layers_find_the_chunk_named_last(backbone: model.Backbone) -> None:
+    world = PackedWorld([[5, 6]] * 3, [retrieval_segment([1, 2], range(PROBES), [0], [2, 0])], [[True] * POOLED] * 3)
     batch = collate([world], 0)
-    assert batch.first.tolist() == [[1, 0, 0], [0.5, 0, 0.5]]
-    assert batch.last.tolist() == [[0, 0, 1], [0.5, 0, 0.5]]
-    settings = config(questions=12, binding=0.0, losses=LossConfig(retrieval=1, hop=1), retrieval_share=1.0)
-    made = curriculum.synthetic_batches(settings, backbone)
-    assert any((batch.first.amax(1) < 1).any() for step in range(4) for batch in made(step))
+    assert (batch.first.tolist(), batch.last.tolist(), batch.gold.tolist()) == ([[0, 0, 1]], [[1, 0, 0]], [[0.5, 0, 0.5]])
+    settings = config(questions=12, losses=LossConfig(retrieval=1, hop=1), retrieval_share=1.0).backbone.warmstart
+    for named, order in ((False, [0, 1]), (True, [1, 0])):
+        asked = [curriculum.Asked("Who?", "me", [0, 1], "b", named)]
+        packed = curriculum._pack(backbone, random.Random(0), [[5, 6]] * 2, asked, settings)
+        assert packed.segments[1].gold == order
+
+
+def test_the_share_of_comparisons() -> None:
+    def found(share: float) -> float:
+        types = [item.type for index in range(20) for item in synthetic.world(0, index, comparison=share).questions]
+        return types.count("comparison") / len(types)
+
+    assert found(0.0) == 0
+    assert 0.1 < found(0.25) < 0.25
+    assert found(0.6) > 1.5 * found(0.25)
 
 
 def test_heads_may_weigh_the_same(backbone: model.Backbone) -> None:
