@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +61,7 @@ def test_a_stage_works() -> None:
     [
         (UserError("bad key"), UserError, "shard 3: bad key"),
         (WorkflowError("disk full"), WorkflowError, "shard 3: disk full"),
-        (RuntimeError("two\nlines"), WorkflowError, "shard 3: RuntimeError: two lines"),
+        (RuntimeError("two\nlines"), WorkflowError, f"shard 3: RuntimeError: two lines (on {socket.gethostname()})"),
     ],
 )
 def test_a_failure_of_any_stage_reaches_the_driver(error: Exception, kind: type[Exception], message: str) -> None:
@@ -72,5 +74,18 @@ def test_a_failure_of_any_stage_reaches_the_driver(error: Exception, kind: type[
 
 
 def test_a_failed_construction_reaches_the_driver() -> None:
+    row = cluster.Stage(Broken)({"shard": 3})
+    assert row["fatal"]
     with pytest.raises(WorkflowError, match="shard 3: no such digest"):
-        cluster.check(cluster.Stage(Broken)({"shard": 3}), "shard 3")
+        cluster.check(row, "shard 3")
+
+
+def full_disk() -> WorkflowError:
+    error = WorkflowError("no space left on the device")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(("error", "fatal"), [(WorkflowError("this shard"), False), (full_disk(), True), (UserError("no such file"), True)])
+def test_a_failure_is_fatal_where_no_other_row_would_fare_better(error: Exception, fatal: bool) -> None:
+    assert cluster.Stage(Work, error)({"shard": 3})["fatal"] is fatal
