@@ -2,21 +2,24 @@
 
     python workflows/prepare.py --config configs/quickstart.yaml
     python workflows/prepare.py --config configs/real.yaml data.path=DATA root=runs/real --dry-run
-    ray job submit --working-dir . -- python workflows/prepare.py --config configs/paper.yaml root=s3://bucket/run
+    ray job submit --working-dir . -- python workflows/prepare.py --config configs/paper.yaml root=s3://bucket/run data.path=s3://bucket/data
 
-One process, without Ray: a pool is held in memory (220,000 passages: 3 CPU minutes, 1.2 GB).
-The last line printed is the dataset's place. A dataset that is complete is left as it is.
+Reads and tokenizes in `data.workers` processes: one, this one, without Ray; more with Ray Data. Their number changes no byte. The last
+line printed is the dataset's place. A dataset that is complete is left as it is.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from intra import cli, lineage, storage, tracking
+from intra import cli, cluster, lineage, storage, tracking
 from intra.config import Config
-from intra.data import pool, sources, statistics
+from intra.data import pool, sources, stages, statistics
+from intra.errors import WorkflowError
 
 
 def plan(config: Config) -> list[str]:
@@ -34,7 +37,7 @@ def plan(config: Config) -> list[str]:
         urls = sources.inputs(data).values()
         lines.append(f"  reads {len(urls)} files, {sum(storage.size(url) for url in urls) / 1e6:.1f} MB")
         lines += [f"    {url}" for url in urls]
-    limits = {"data.pool_limit": data.pool_limit, "data.question_limit": data.question_limit}
+    limits = {f"data.{key}": getattr(data, key) for key in ("pool_limit", "pool_chunks", "pool_tokens", "question_limit")}
     lines += [f"  {key}: {value}" for key, value in limits.items() if value is not None]
     trained = f", with a {config.backbone.architecture.tokenizer} tokenizer trained on it" if lineage.from_scratch(config) else ""
     lines.append(f"  chunks of at most {data.chunk_tokens} tokens{trained}")
@@ -47,16 +50,55 @@ def run(config: Config) -> str:
     if artifact.complete():
         return artifact.url
     with tracking.step(config, "prepare", artifact) as run:
-        manifest = pool.build(config, artifact)
+        manifest = pool.build(config, artifact, stages.inline if config.data.workers == 1 else functools.partial(_fan, config))
         described = storage.read_json(artifact.path(pool.STATISTICS))
         run.log_metrics(statistics.metrics(described))
-        run.log_artifact(storage.read_bytes(artifact.path(pool.STATISTICS)), pool.STATISTICS)
+        for name in (pool.STATISTICS, pool.REPORT):
+            run.log_artifact(storage.read_bytes(artifact.path(name)), name)
         for name, digest in manifest["inputs"].items():
             run.log_input(name, digest, str(config.data.path))
         run.log_input("pool", manifest["pool_sha256"], artifact.url)
         run.log_input("questions", manifest["questions_sha256"], artifact.url)
     print(f"prepare: {_summary(manifest)}")
     return artifact.url
+
+
+def _fan(config: Config, stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
+    """The stage's results for the tasks, in their order, made by Ray Data's actors (`pool.Fan`)."""
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+    from tqdm import tqdm
+
+    cluster.connect(config)
+    cluster.quiet_data()
+    workers = min(config.data.workers, len(tasks))
+    # A CPU each, or, where there are fewer, their part of one: with no CPU to spare for reading the tasks, the job would hang.
+    cpus = min(1.0, (cluster.resources()["CPU"] - 1) / workers)
+    rows = ray.data.from_items([{"task": number, **task} for number, task in enumerate(tasks)], override_num_blocks=len(tasks))
+    rows = rows.map(
+        cluster.Stage, fn_constructor_args=(Numbered, stage, *arguments), compute=ActorPoolStrategy(size=workers), num_cpus=cpus
+    )
+    made = {}
+    try:
+        with tqdm(total=len(tasks), desc=label, unit="file", disable=None) as bar:
+            for row in rows.iter_rows():
+                cluster.check(row, "prepare")
+                made[row["task"]] = json.loads(row["result"])
+                bar.update()
+    except RayError as error:
+        raise WorkflowError(f"prepare: a worker was lost ({' '.join(str(error).split())[:300]}); run the same command again") from error
+    yield from (made[number] for number in range(len(tasks)))
+
+
+class Numbered:
+    """A stage whose results say which task they are of (Ray Data may hand them over in any order), as JSON, which Arrow leaves alone."""
+
+    def __init__(self, stage: Any, *arguments: Any) -> None:
+        self._work = stage(*arguments)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"task": row["task"], "result": json.dumps(self._work({name: value for name, value in row.items() if name != "task"}))}
 
 
 def _summary(manifest: Mapping[str, Any]) -> str:

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from intra.data import files
 from intra.data.files import Record
-from intra.data.raw import TITLE, Item, LeftOut, Passage, RawQuestion, content_id
+from intra.data.raw import TITLE, Item, LeftOut, Passage, RawQuestion, content_id, hashed_id
 from intra.data_config import FileConfig
 from intra.errors import UserError
 
@@ -182,8 +183,8 @@ def _question(
 ) -> RawQuestion:  # fmt: skip
     assert entry.benchmark is not None  # the configuration sees to both
     assert entry.split is not None
-    return RawQuestion(
-        question_id=name or f"{entry.benchmark}.{entry.split}.{content_id(question, *answers, *gold)}",
+    made = RawQuestion(
+        question_id=name,
         benchmark=entry.benchmark,
         split=entry.split,
         question=question,
@@ -194,6 +195,7 @@ def _question(
         gold_source=gold_source,
         where=where,
     )
+    return made if name else replace(made, question_id=hashed_id(made))
 
 
 def _passage(title: str, text: str, where: str, entry: FileConfig) -> Passage:

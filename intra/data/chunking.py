@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from intra.data.raw import Passage
 from intra.errors import UserError
 
@@ -65,22 +63,20 @@ def chunk(passages: Sequence[Passage], tokenizer: Any, template: str, limit: int
     A longer passage is split at white space into consecutive pieces of like size, each with the title; a single word longer than a chunk is
     split between characters. Raises UserError where the title leaves no room for any text.
     """
-    with tqdm(total=len(passages), desc="tokenize", unit="passage", disable=None) as bar:
-        for start in range(0, len(passages), BATCH):
-            batch = passages[start : start + BATCH]
-            counts = lengths([chunk_text(passage.title, passage.text, template) for passage in batch], tokenizer)
-            for passage, count in zip(batch, counts, strict=True):
-                if count <= limit:
-                    yield Chunk(passage.passage_id, passage.title, passage.text, passage.source, count, passage.passage_id)
-                    continue
-                text = passage.text.strip()
-                count = lengths([chunk_text(passage.title, text, template)], tokenizer)[0]
-                if count <= limit:  # too long only by white space at its ends
-                    yield Chunk(passage.passage_id, passage.title, text, passage.source, count, passage.passage_id)
-                    continue
-                for number, (piece, size) in enumerate(_pieces(passage, tokenizer, template, limit)):
-                    yield Chunk(f"{passage.passage_id}#{number}", passage.title, piece, passage.source, size, passage.passage_id)
-            bar.update(len(batch))
+    for start in range(0, len(passages), BATCH):
+        batch = passages[start : start + BATCH]
+        counts = lengths([chunk_text(passage.title, passage.text, template) for passage in batch], tokenizer)
+        for passage, count in zip(batch, counts, strict=True):
+            if count <= limit:
+                yield Chunk(passage.passage_id, passage.title, passage.text, passage.source, count, passage.passage_id)
+                continue
+            text = passage.text.strip()
+            count = lengths([chunk_text(passage.title, text, template)], tokenizer)[0]
+            if count <= limit:  # too long only by white space at its ends
+                yield Chunk(passage.passage_id, passage.title, text, passage.source, count, passage.passage_id)
+                continue
+            for number, (piece, size) in enumerate(_pieces(passage, tokenizer, template, limit)):
+                yield Chunk(f"{passage.passage_id}#{number}", passage.title, piece, passage.source, size, passage.passage_id)
 
 
 def _pieces(passage: Passage, tokenizer: Any, template: str, limit: int) -> Iterator[tuple[str, int]]:

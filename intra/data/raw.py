@@ -82,6 +82,12 @@ def items(records: Iterable[tuple[str, Record]], parse: Callable[[str, Record], 
             yield from made
 
 
+def hashed_id(question: RawQuestion) -> str:
+    """The id of a question whose format has none: of its benchmark, split, words, answers and evidence."""
+    words = (question.question, *question.answers, *question.gold_ids)
+    return f"{question.benchmark}.{question.split}.{content_id(*words)}"
+
+
 def content_id(*parts: str) -> str:
     """An id of the parts' content: 20 hex digits of the SHA-256 of the parts between NUL characters."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

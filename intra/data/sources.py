@@ -83,6 +83,11 @@ def own_ids(data: DataConfig, part: int) -> bool:
     return data.source != "files" or entries(data)[part][0].format == "beir"
 
 
+def repeats(data: DataConfig, part: int) -> bool:
+    """Whether a part may hold one passage many times, beside each question that it was found for."""
+    return data.source == "files" and entries(data)[part][0].format in benchmarks.READERS
+
+
 def equivalents(data: DataConfig) -> list[tuple[str, ...]]:
     """Groups of passage ids of which any counts as a hit for any other."""
     if data.source == "jsonl":

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from intra import storage
 from intra.artifact import Artifact
 from intra.backbone import locate
-from intra.data import chunking, pool, schema
-from intra.data.raw import Passage, RawQuestion
+from intra.data import chunking, pool, schema, stages
+from intra.data.candidates import Candidates
+from intra.data.raw import RawQuestion
 from intra.errors import UserError, WorkflowError
 from tests.data.conftest import PASSAGES, QUESTIONS, make, write_lines
 
@@ -140,16 +143,33 @@ def test_question_limit_depends_on_seed_and_ids_alone() -> None:
     assert {q.question_id for q in pool.limit_questions(everything, 20, seed=1)} != kept
 
 
+def candidates(count: int, seed: int) -> Candidates:
+    names = [f"p{number:03}" for number in range(count)]
+    draws = np.array([int.from_bytes(stages.draw(seed, "passage", name)[:8]) for name in names], dtype=np.uint64)
+    rows = np.arange(count)
+    return Candidates(pa.array(names), np.zeros(count, np.int32), rows.astype(np.int32), draws, np.ones(count, np.int32), rows, ["s"],
+                      np.array([0]), rows, count)  # fmt: skip
+
+
 def test_pool_limit_keeps_gold_and_fills_by_seed() -> None:
-    passages = [Passage(f"p{n:03}", "", "text", "f") for n in range(100)]
-    gold = {f"p{n:03}" for n in range(0, 30, 3)}
-    kept = {p.passage_id for p in pool.limit_pool(passages, gold, 40, seed=0)}
+    gold = np.arange(0, 30, 3)
+    kept = pool.limit_pool(candidates(100, 0), gold, 40)
     assert len(kept) == 40
-    assert gold < kept
-    assert {p.passage_id for p in pool.limit_pool(passages[::-1], gold, 40, seed=0)} == kept
-    assert {p.passage_id for p in pool.limit_pool(passages, gold, 40, seed=1)} != kept
-    assert {p.passage_id for p in pool.limit_pool(passages, gold, 3, seed=0)} == gold
-    assert pool.limit_pool(passages, gold, 1000, seed=0) == passages
+    assert list(kept) == sorted(kept)
+    assert set(gold) < set(kept)
+    assert set(pool.limit_pool(candidates(100, 0), gold, 30)) < set(kept)
+    assert set(pool.limit_pool(candidates(100, 1), gold, 40)) != set(kept)
+    assert list(pool.limit_pool(candidates(100, 0), gold, 3)) == list(gold)
+    assert len(pool.limit_pool(candidates(100, 0), gold, 1000)) == 100
+
+
+def test_every_passage_is_as_likely_to_be_kept_as_any_other() -> None:
+    taken = np.zeros(40, dtype=int)
+    for seed in range(200):
+        taken[pool.limit_pool(candidates(40, seed), np.array([0]), 20)] += 1
+    assert taken[0] == 200
+    assert taken[1:].min() > 97 - 5 * 7  # 200 draws of 19/39: mean 97.4, deviation 7.1
+    assert taken[1:].max() < 97 + 5 * 7
 
 
 def test_equivalence_is_transitive() -> None:
@@ -159,9 +179,8 @@ def test_equivalence_is_transitive() -> None:
 
 
 def test_equal_gold_passages_of_one_question_are_one_group() -> None:
-    chunks = [chunking.Chunk(name, "", "t", "f", 3, name) for name in ("a", "b", "c")]
     asked = RawQuestion("q", "b", "test", "who?", ("x",), ("a", "c", "b"), 3, "")
-    made = pool.with_gold_chunks([asked], chunks, pool.equivalence([("a", "b"), ("c", "absent")]))
+    made = pool.with_gold_chunks([asked], {name: [name] for name in "abc"}, pool.equivalence([("a", "b"), ("c", "absent")]))
     assert made[0].gold == (("a", "b"), ("c",))
 
 
@@ -238,9 +257,9 @@ def test_questions_without_answers_will_do_only_where_none_is_needed(beir_folder
 def test_a_file_that_changes_while_it_is_read(folder: Path, tmp_path: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pool.check
 
-    def meddling(*arguments: Any) -> None:
-        whole(*arguments)
+    def meddling(*arguments: Any) -> list[RawQuestion]:
         write_lines(folder / "passages.b.jsonl", PASSAGES[4:])
+        return whole(*arguments)
 
     monkeypatch.setattr(pool, "check", meddling)
     with pytest.raises(WorkflowError, match="a file changed while it was read"):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from intra import cli, storage
+from intra.errors import UserError
 from tests.data.conftest import PASSAGES, folder, make, write_lines  # noqa: F401  (folder is a fixture)
 from workflows import prepare
 
@@ -45,7 +46,7 @@ def test_made_once_and_tracked_then_left_alone(file: str, tmp_path: Path, capsys
         "pool",
         "questions",
     }
-    assert "statistics.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"statistics.json", "report.md"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
 
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(place).rglob("*")}
 
@@ -78,3 +79,28 @@ def test_the_users_mistake_is_one_line_and_status_2(
     assert found in error
     assert len(error.splitlines()) == 1
     assert not [name for name in storage.files(str(tmp_path / "root")) if name.startswith("dataset/")]
+
+
+def test_two_processes_write_the_same_bytes(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from intra import config, lineage
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    ours = not ray.is_initialized()
+    try:
+        for name, workers in (("one", 1), ("two", 2)):
+            limits = ["data.near_duplicates=0.5", "data.deduplicate=true"]
+            prepare.run(config.load(file, [f"root={tmp_path}/{name}", f"data.workers={workers}", *limits]))
+        one, two = (lineage.dataset(config.load(file, [f"root={tmp_path}/{name}", *limits])) for name in ("one", "two"))
+        assert one.fingerprint == two.fingerprint
+        assert storage.files(one.url) == storage.files(two.url)
+        for part in storage.files(one.url):
+            if part != "config.json":  # which says how many there were
+                assert storage.read_bytes(one.path(part)) == storage.read_bytes(two.path(part)), part
+        write_lines(Path(str(config.load(file).data.path)) / "passages.b.jsonl", ["{"])
+        with pytest.raises(UserError, match=r"prepare: .*passages.b.jsonl:1: not valid JSON"):
+            prepare.run(config.load(file, [f"root={tmp_path}/three", "data.workers=2"]))
+    finally:
+        if ours:
+            ray.shutdown()
