@@ -20,11 +20,9 @@ from intra import storage
 from intra.data_config import DataConfig
 from intra.data_config import SyntheticConfig as SyntheticConfig
 from intra.errors import UserError
-from intra.section import Section
+from intra.evaluate_config import EvaluateConfig, ModelConfig
+from intra.section import Section, merged
 from intra.store_config import StoreConfig
-
-METHODS = ("intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle")
-MODELS = Path(__file__).parent / "models.yaml"
 
 
 class ArchitectureConfig(Section):
@@ -205,71 +203,6 @@ class RetrieverConfig(Section):
         return self
 
 
-class DenseConfig(Section):
-    """A bi-encoder: one vector a text, compared by their inner product (the cosine where they are normalised)."""
-
-    kind: Literal["dense"]
-    model: str = Field(min_length=1, description="a directory, a hub id, or package:NAME/FOLDER of an installed Python package")
-    revision: str | None = Field(None, pattern="^[0-9a-f]{40}$", description="commit of a hub id; needed there")
-    query_prompt: str = Field("", description="stands before a question")
-    passage_prompt: str = Field("", description="stands before a passage")
-    pooling: Literal["mean", "cls", "lasttoken"]
-    normalize: bool = True
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the arithmetic; vectors are kept in float32")
-    max_length: int = Field(ge=8, description="longest text in tokens; what is cut is counted")
-    batch_size: int = Field(32, ge=1)
-
-
-class EvaluateConfig(Section):
-    methods: list[str] = list(METHODS)
-    models: dict[str, DenseConfig] = Field({}, description="by method name; what is not given here comes from intra/models.yaml")
-    k: list[int] = [5, 10, 20]
-    answers: bool = True
-    answer_batch: int = Field(32, ge=1)
-    bootstrap: int = Field(1000, ge=100, description="resamples of the 95 % intervals")
-    shard_chunks: int = Field(4096, ge=1, description="chunks a shard of an encoded corpus")
-    device: str = Field("auto", description="of the baselines' models: auto | cpu | cuda")
-    threads: int = Field(2, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_defaults(cls, values: Any) -> Any:
-        """The models that the methods name, from intra/models.yaml where they are not given in full."""
-        if not isinstance(values, dict):
-            return values
-        given, methods = values.get("models", {}), values.get("methods", [])
-        if not isinstance(given, dict) or not isinstance(methods, list) or not (given or set(methods) - set(METHODS)):
-            return values  # nothing to add, or for the fields' own validation to refuse
-        known = yaml.safe_load(MODELS.read_text())
-        wanted = dict.fromkeys([*given, *(name for name in methods if name in known)])
-        return {**values, "models": {name: _merged(dict(known.get(name, {})), given.get(name, {})) for name in wanted}}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.k or min(self.k) < 1:
-            raise ValueError("evaluate.k must be a list of positive numbers, such as [5, 10, 20]")
-        if not self.methods or len(set(self.methods)) != len(self.methods):
-            raise ValueError("evaluate.methods must name each method once")
-        for number, name in enumerate(self.methods):
-            if name not in METHODS and name not in self.models:
-                known = ", ".join([*METHODS, *yaml.safe_load(MODELS.read_text())])
-                raise ValueError(f"'evaluate.methods.{number}': found '{name}'; name some of {known}, or a model of evaluate.models")
-        for name, model in self.models.items():
-            if name in METHODS or not name.replace("_", "").isalnum():
-                raise ValueError(f"evaluate.models: found '{name}'; a model's name is a new one, of letters, digits and _")
-            if name in self.methods and model.revision is None and is_hub_id(model.model):
-                raise ValueError(
-                    f"evaluate.models.{name}.revision is missing: '{model.model}' is a hub id; set the commit of the weights you mean "
-                    f"(40 hex digits, under 'Files and versions' of its page), or a directory as evaluate.models.{name}.model"
-                )
-        return self
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether a baseline's model is fetched from the hub: no package and no directory of this machine."""
-    return not model.startswith("package:") and not Path(model).expanduser().is_dir()
-
-
 class AblationConfig(Section):
     """Variants of this configuration, each run for every seed (workflows/ablate.py)."""
 
@@ -340,14 +273,7 @@ def _read(path: Path) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
         raise UserError(f"{path}: extends: found {base!r}; name another configuration file beside this one")
-    return _merged(_read(path.parent / base), values)
-
-
-def _merged(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over `base`, section by section."""
-    for key, value in values.items():
-        base[key] = _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-    return base
+    return merged(_read(path.parent / base), values)
 
 
 def _anchored(config: Config) -> Config:
@@ -358,7 +284,9 @@ def _anchored(config: Config) -> Config:
     if backbone.model != "quickstart" and Path(backbone.model).expanduser().is_dir():
         backbone = backbone.model_copy(update={"model": storage.absolute(backbone.model)})
     models = {
-        name: model.model_copy(update={"model": storage.absolute(model.model)}) if Path(model.model).expanduser().is_dir() else model
+        name: model.model_copy(update={"model": storage.absolute(model.model)})
+        if isinstance(model, ModelConfig) and Path(model.model).expanduser().is_dir()
+        else model
         for name, model in config.evaluate.models.items()
     }
     evaluate = config.evaluate.model_copy(update={"models": models})
@@ -391,7 +319,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    # A model's kind, which pydantic puts into the path, is no key.
+    key = ".".join(str(part) for n, part in enumerate(error["loc"]) if n != 3 or error["loc"][:2] != ("evaluate", "models"))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(Config), n=1) or difflib.get_close_matches(
             key.rsplit(".")[-1], [k.rsplit(".")[-1] for k in _keys(Config)], n=1

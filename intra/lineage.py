@@ -4,8 +4,11 @@
     backbone   trained here: its recipe, the dataset, the seed; otherwise the digest of the model's files
     store      its encoding (backbone, pooled_length, what shapes the bytes of a shard), the pool's digest
     retriever  store, the questions' digest, the retriever section, the seed
-    vectors    of a dense baseline: its model and how it reads a passage, the pool's digest
-    results    retriever, store, the questions' digest, the evaluate section
+    tuned      of a fine-tuned baseline: its model, the questions, the negatives, the recipe
+    vectors    of a dense or late baseline: its weights, how it reads a passage, the pool's digest
+    ranking    of a method: pool, questions, depth, and what the method is made of (vectors, retriever, other rankings, settings)
+    answers    the ranking, the store, the prompt
+    results    rankings and answers of the methods, the metrics' settings
 
 A step's fingerprint holds the digests its predecessor's manifest states, so a later one is known once the earlier is made:
 until then these functions raise UserError naming what is missing.
@@ -19,6 +22,7 @@ from intra.backbone import locate
 from intra.baselines import models
 from intra.config import Config
 from intra.data import sources
+from intra.evaluate_config import DenseConfig, FusionConfig, ModelConfig, RerankConfig
 from intra.store.format import FORMAT
 
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
@@ -93,25 +97,92 @@ def retriever(config: Config) -> Artifact:
     )  # fmt: skip
 
 
+def tuned(config: Config, name: str) -> Artifact:
+    """The weights of the bi-encoder `name`, fine-tuned in this run."""
+    settings = dense(config, name)
+    facts, recipe = dataset(config).manifest(), config.retriever.train
+    mined = [store(config).fingerprint, config.retriever.initial_scoring, recipe.hard_negatives, recipe.bm25_negatives, recipe.bm25_skip]
+    return _artifact(
+        config,
+        "tuned",
+        "evaluate",
+        {"model": models.digest(name, settings), "settings": settings.model_dump(exclude={"model", "revision", "batch_size"}),
+         "questions": facts["questions_sha256"], "pool": facts["pool_sha256"], "negatives": mined, "seed": config.seed},
+    )  # fmt: skip
+
+
+def dense(config: Config, name: str) -> DenseConfig:
+    settings = config.evaluate.models[name]
+    assert isinstance(settings, DenseConfig)
+    return settings
+
+
+def weights(config: Config, name: str) -> str:
+    """What stands for a baseline's weights in a fingerprint."""
+    settings = config.evaluate.models[name]
+    assert isinstance(settings, ModelConfig)
+    if isinstance(settings, DenseConfig) and settings.tune is not None:
+        return tuned(config, name).fingerprint
+    return models.digest(name, settings)
+
+
 def vectors(config: Config, name: str) -> Artifact:
-    """The pool as the dense baseline `name` encodes it."""
+    """The pool as the dense or late baseline `name` encodes it."""
     settings = config.evaluate.models[name]
     return _artifact(
         config,
         "vectors",
         "evaluate",
-        {"model": models.digest(name, settings), "settings": settings.model_dump(exclude={"model", "revision", "query_prompt"}),
-         "pool": dataset(config).manifest()["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks},
+        {"weights": weights(config, name), "pool": dataset(config).manifest()["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks,
+         "settings": settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune"})},
+    )  # fmt: skip
+
+
+def ranking(config: Config, name: str) -> Artifact:
+    """A method's ranking of the test questions."""
+    facts = dataset(config).manifest()
+    return _artifact(
+        config,
+        "ranking",
+        "evaluate",
+        {"method": name, "pool": facts["pool_sha256"], "questions": facts["questions_sha256"], "depth": config.evaluate.depths()[name],
+         "made_of": _made_of(config, name)},
+    )  # fmt: skip
+
+
+def _made_of(config: Config, name: str) -> object:
+    model = config.evaluate.models.get(name)
+    if isinstance(model, FusionConfig):
+        return [model.model_dump(), [ranking(config, part).fingerprint for part in model.of]]
+    if isinstance(model, RerankConfig):
+        by = config.evaluate.models[model.by]
+        scorer = [weights(config, model.by), by.model_dump(exclude={"model", "revision", "tune"})]
+        return [model.model_dump(), ranking(config, model.of).fingerprint, scorer]
+    if model is not None:
+        return [vectors(config, name).fingerprint, model.model_dump(include={"query_prompt", "query_length"})]
+    if name in ("intra", "maxsim", "s0_reranked"):
+        answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
+        return [store(config).fingerprint, retriever(config).fingerprint, config.backbone.prompt, answer]
+    return [config.evaluate.bm25.model_dump()] if name == "bm25" else [config.seed] if name in ("random", "oracle") else []
+
+
+def answers(config: Config, name: str) -> Artifact:
+    """The answers read from a method's first chunks."""
+    return _artifact(
+        config,
+        "answers",
+        "evaluate",
+        {"ranking": ranking(config, name).fingerprint, "store": store(config).fingerprint, "size": config.retriever.answer_size,
+         "prompt": config.backbone.prompt, "answer_tokens": config.backbone.answer_tokens},
     )  # fmt: skip
 
 
 def results(config: Config) -> Artifact:
+    judged = {
+        name: [ranking(config, name).fingerprint, answers(config, name).fingerprint if config.evaluate.answers else None]
+        for name in config.evaluate.methods
+    }
+    settings = config.evaluate.model_dump(include={"k", "bootstrap", "permutations"})
     return _artifact(
-        config,
-        "results",
-        "evaluate",
-        {"store": store(config).fingerprint, "questions": dataset(config).manifest()["questions_sha256"],
-         "retriever": retriever(config).fingerprint, "answer": [config.retriever.answer_size, config.retriever.answer_initial],
-         "prompt": config.backbone.prompt, "answer_tokens": config.backbone.answer_tokens,
-         "evaluate": config.evaluate.model_dump(exclude={"answer_batch", "threads", "device"}), "seed": config.seed},
-    )  # fmt: skip
+        config, "results", "evaluate", {"methods": judged, "order": config.evaluate.methods, "settings": settings, "seed": config.seed}
+    )

@@ -29,8 +29,8 @@ def ordered(scored: Iterable[tuple[str, float]], k: int) -> Ranking:
     return sorted(scored, key=lambda item: (-item[1], item[0]))[:k]
 
 
-def check(name: str, rankings: Mapping[str, Ranking], questions: Sequence[Question], k: int) -> None:
-    """Refuses, by name, a ranking that is missing, shorter than k, holds a duplicate or a NaN, or is out of order."""
+def check(name: str, rankings: Mapping[str, Ranking], questions: Sequence[Question], k: int, pool: Pool) -> None:
+    """Refuses, by name, a ranking that is missing, shorter than k, holds a duplicate, an unknown chunk or a NaN, or is out of order."""
     for question in questions:
         ranking = rankings.get(question.question_id)
         where = f"method {name}, question {question.question_id}"
@@ -41,6 +41,9 @@ def check(name: str, rankings: Mapping[str, Ranking], questions: Sequence[Questi
             raise WorkflowError(f"{where}: {len(ids)} chunks where {k} were asked for; a pool smaller than evaluate.k?")
         if len(set(ids)) != len(ids):
             raise WorkflowError(f"{where}: a chunk is ranked twice")
+        if not set(ids) <= pool.row_of.keys():
+            unknown = next(chunk for chunk in ids if chunk not in pool.row_of)
+            raise WorkflowError(f"{where}: '{unknown}' is no chunk of the pool")
         if any(math.isnan(score) for _, score in ranking):
             raise WorkflowError(f"{where}: a score is not a number")
         if ranking != ordered(ranking, len(ranking)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from intra import cli, lineage, storage
+from intra import cli, lineage
 from intra.config import Config
 from intra.evaluation import run as evaluation
 
@@ -26,7 +26,8 @@ def plan(config: Config) -> list[str]:
     if artifact.complete():
         return [f"evaluate: results {artifact.url} are complete ({', '.join(names)})"]
     questions = sum(splits.get("test", 0) for splits in dataset.manifest()["questions"].values())
-    done = [name for name in names if storage.exists(artifact.path("methods", f"{name}.parquet"))]
+    kinds = (lineage.ranking, lineage.answers) if config.evaluate.answers else (lineage.ranking,)
+    done = [name for name in names if all(kind(config, name).complete() for kind in kinds)]
     answers = f"answers from {config.retriever.answer_size} chunks each" if config.evaluate.answers else "no answers"
     lines = [
         f"evaluate: results {artifact.url}: {questions:,} questions, {answers}, by {', '.join(names)}; done: {', '.join(done) or 'none'}"

@@ -1,4 +1,4 @@
-"""BM25 (bm25s) and TF-IDF (scikit-learn) over title and text, with the libraries' own defaults.
+"""BM25 (bm25s) and TF-IDF (scikit-learn) over title and text; BM25's settings are `evaluate.bm25`'s, by default bm25s' own.
 
 Both score the whole pool per question. Rows of the pool are in id order, so a tie goes to the lower row; where fewer than k
 chunks share a word with the question, the rest of the ranking is chunks of score zero in id order.
@@ -16,37 +16,54 @@ from tqdm import tqdm
 
 from intra.data.schema import Pool, Question
 from intra.errors import UserError
+from intra.evaluate_config import BM25Config
 from intra.method import Ranking, Rankings
 
 _QUESTIONS_AT_ONCE = 16
 
 
 class BM25:
-    """Lucene's BM25 with k1 1.5, b 0.75 and English stop words: the defaults of bm25s."""
+    """Lucene's BM25 with English stop words, by default with k1 1.5, b 0.75 and no stemming, as in bm25s."""
 
     name = "bm25"
+
+    def __init__(self, settings: BM25Config | None = None) -> None:
+        self._settings = settings or BM25Config()
 
     def index(self, pool: Pool) -> None:
         import bm25s
 
         self._ids = pool.chunk_ids
-        self._index = bm25s.BM25()
-        tokens = bm25s.tokenize(pool.title_and_text(), stopwords="english", show_progress=False)
+        self._index = bm25s.BM25(k1=self._settings.k1, b=self._settings.b)
+        tokens = self._tokenize(pool.title_and_text())
         if not tokens.vocab:
             raise UserError("bm25: no chunk of the pool holds a word that is not a stop word; take bm25 out of evaluate.methods")
         self._index.index(tokens, show_progress=False)
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:
-        import bm25s
-
         texts = [question.question for question in questions]
-        words = bm25s.tokenize(texts, stopwords="english", return_ids=False, show_progress=False) if texts else []
+        words = self._tokenize(texts, return_ids=False) if texts else []
         rankings = {}
         for question, terms in zip(tqdm(questions, desc=self.name, unit="question", disable=None), words, strict=True):
             known = [term for term in terms if term in self._index.vocab_dict]
             scores = self._index.get_scores(known) if known else np.zeros(len(self._ids), np.float32)
             rankings[question.question_id] = best(self._ids, scores, k)
         return rankings
+
+    def _tokenize(self, texts: list[str], **options: bool) -> Any:
+        import bm25s
+
+        return bm25s.tokenize(texts, stopwords="english", stemmer=_stemmer(self._settings.stemming), show_progress=False, **options)
+
+
+def _stemmer(stemming: str) -> Any:
+    if stemming == "none":
+        return None
+    try:
+        import Stemmer
+    except ImportError as error:
+        raise UserError(f"evaluate.bm25.stemming={stemming} needs PyStemmer ({error}); run: pip install PyStemmer") from error
+    return Stemmer.Stemmer(stemming)
 
 
 class TfIdf:

@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intra.backbone import locate
-from intra.config import DenseConfig
 from intra.errors import UserError, WorkflowError
+from intra.evaluate_config import CrossConfig, DenseConfig, LateConfig, ModelConfig
 
 Floats = NDArray[np.float32]
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*/*.json", "*/*.safetensors")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "artifact.metadata", "*/*.json", "*/*.safetensors")
 _MODULES = {"Transformer", "Pooling", "Normalize"}  # of a sentence-transformers folder: what the table replaces
 
 
-def digest(name: str, settings: DenseConfig) -> str:
+def digest(name: str, settings: ModelConfig) -> str:
     """What stands for the weights in a fingerprint: the commit of a hub id, else the SHA-256 of the files' names and bytes."""
     if settings.revision is not None:
         return f"{settings.model}@{settings.revision}"
@@ -39,7 +39,7 @@ def digest(name: str, settings: DenseConfig) -> str:
     return total.hexdigest()
 
 
-def folder(name: str, settings: DenseConfig) -> Path:
+def folder(name: str, settings: ModelConfig) -> Path:
     """The local folder of the model, fetched from the hub where need be. Raises UserError: not there, or without weights in safetensors."""
     model, key = settings.model, f"evaluate.models.{name}.model"
     if model.startswith("package:"):
@@ -50,7 +50,7 @@ def folder(name: str, settings: DenseConfig) -> Path:
                             "directory of the model")  # fmt: skip
         place = Path(next(iter(found.submodule_search_locations)), inner)
     elif settings.revision is not None:
-        place = _from_hub(name, model, settings.revision)
+        place = _from_hub(name, settings)
     else:
         place = Path(model).expanduser()
     if not (place / "config.json").is_file() or not list(place.glob("*.safetensors")):
@@ -58,48 +58,138 @@ def folder(name: str, settings: DenseConfig) -> Path:
     return place
 
 
-def _from_hub(name: str, model: str, revision: str) -> Path:
+def _from_hub(name: str, settings: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = [*_FILES, "*.py"] if isinstance(settings, CrossConfig) and settings.remote_code else list(_FILES)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=files))
     except Exception as error:  # the hub's client raises many kinds: all of them say that the files are not here
-        raise WorkflowError(f"method {name}: {model} at {revision} cannot be had ({locate.one_line(error)}); check evaluate.models.{name}, "
-                            "the network and HF_HUB_OFFLINE, or give the directory of a downloaded copy") from error  # fmt: skip
+        raise WorkflowError(f"method {name}: {settings.model} at {settings.revision} cannot be had ({locate.one_line(error)}); check "
+                            f"evaluate.models.{name}, the network and HF_HUB_OFFLINE, or give the directory of a downloaded copy"
+                            ) from error  # fmt: skip
 
 
 class Dense:
     """A bi-encoder: texts to float32 vectors [n, d]."""
 
-    def __init__(self, name: str, settings: DenseConfig, device: str, threads: int) -> None:
-        """Raises UserError: sentence-transformers is not installed, or the folder's model is more than encoder, pooling and norm."""
-        place = folder(name, settings)
+    def __init__(self, name: str, settings: DenseConfig, device: str, threads: int, place: Path | None = None) -> None:
+        """`place`: a folder of the weights other than the table's (fine-tuned ones).
+
+        Raises UserError: sentence-transformers is not installed, or the folder's model is more than encoder, pooling and norm.
+        """
+        place = place or folder(name, settings)
         _check_modules(name, place)
-        library = sentence_transformers(name)
-        import torch
+        library = sentence_transformers(name, threads)
         from sentence_transformers.sentence_transformer import modules
 
-        torch.set_num_threads(threads)
-        with quiet():
-            encoder = modules.Transformer(
-                str(place), max_seq_length=settings.max_length, model_kwargs={"dtype": settings.dtype, "use_safetensors": True},
-                # Right, whatever the tokenizer's file says: positions that count from the left would count the padding.
-                processor_kwargs={"padding_side": "right"}, config_kwargs={"trust_remote_code": False},
-            )  # fmt: skip
+        encoder = _transformer(place, settings, max_seq_length=settings.max_length)
         parts = [encoder, modules.Pooling(encoder.get_embedding_dimension(), settings.pooling)]
         parts += [modules.Normalize()] if settings.normalize else []
-        self._model: Any = library.SentenceTransformer(modules=parts, device=None if device == "auto" else device).eval()
+        self.model: Any = library.SentenceTransformer(modules=parts, device=_device(device)).eval()
         self._settings = settings
 
-    def encode(self, texts: Sequence[str], prompt: str) -> Floats:
-        """Vectors of the texts, each behind the prompt."""
-        vectors = self._model.encode(list(texts), prompt=prompt or None, batch_size=self._settings.batch_size, show_progress_bar=False)
+    def passages(self, texts: Sequence[str]) -> tuple[Floats, list[int]]:
+        """A vector a text [n, d], and how many vectors belong to each text: 1."""
+        return self._encode(texts, self._settings.passage_prompt), [1] * len(texts)
+
+    def questions(self, texts: Sequence[str]) -> list[Floats]:
+        """A vector a question, each [1, d]."""
+        return list(self._encode(texts, self._settings.query_prompt)[:, None])
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the passages are longer than the model reads."""
+        return _cut(self.model.tokenizer, [self._settings.passage_prompt + text for text in texts], self._settings.max_length)
+
+    def _encode(self, texts: Sequence[str], prompt: str) -> Floats:
+        vectors = self.model.encode(list(texts), prompt=prompt or None, batch_size=self._settings.batch_size, show_progress_bar=False)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def cut(self, texts: Sequence[str], prompt: str) -> int:
-        """How many of the texts, behind the prompt, are longer than the model reads."""
-        ids = self._model.tokenizer([prompt + text for text in texts], truncation=False, verbose=False)["input_ids"]
-        return sum(len(item) > self._settings.max_length for item in ids)
+
+class Late:
+    """Late interaction: texts to float32 vectors a token."""
+
+    def __init__(self, name: str, settings: LateConfig, device: str, threads: int) -> None:
+        """Raises UserError: sentence-transformers is not installed, or the files hold no projection that was trained."""
+        place = folder(name, settings)
+        library = sentence_transformers(name, threads)
+        self._settings = settings
+        if settings.projection:
+            _check_projection(name, place)
+            with quiet():
+                self.model: Any = library.MultiVectorEncoder(
+                    str(place), device=_device(device), local_files_only=True, trust_remote_code=False,
+                    model_kwargs={"dtype": settings.dtype, "use_safetensors": True}, processor_kwargs={"padding_side": "right"},
+                )  # fmt: skip
+            self.model[0].document_length = settings.max_length
+            if self.model[0].query_expansion is None:
+                self.model[0].query_length = settings.query_length
+            else:
+                self.model[0].query_expansion = {**self.model[0].query_expansion, "length": settings.query_length}
+        else:
+            from sentence_transformers.multi_vector_encoder import modules
+            from sentence_transformers.sentence_transformer.modules import Normalize
+
+            encoder = _transformer(place, settings, query_length=settings.query_length, document_length=settings.max_length)
+            parts = [encoder, modules.MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
+            self.model = library.MultiVectorEncoder(modules=parts, device=_device(device))
+        self.model.eval()
+
+    def passages(self, texts: Sequence[str]) -> tuple[Floats, list[int]]:
+        """The token vectors of all texts [T, d], text after text, and how many belong to each."""
+        found = self._encode(self.model.encode_document, texts)
+        return np.concatenate(found), [len(vectors) for vectors in found]
+
+    def questions(self, texts: Sequence[str]) -> list[Floats]:
+        """The token vectors of each question, [tokens, d]."""
+        return self._encode(self.model.encode_query, texts)
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the passages are longer than the model reads."""
+        prompt = (self.model.prompts or {}).get("document") or ""
+        return _cut(self.model.tokenizer, [prompt + text for text in texts], self._settings.max_length)
+
+    def _encode(self, encode: Any, texts: Sequence[str]) -> list[Floats]:
+        found = encode(list(texts), batch_size=self._settings.batch_size, show_progress_bar=False)
+        return [vectors.float().cpu().numpy() for vectors in found]
+
+
+class Cross:
+    """A cross-encoder: (question, passage) to a score."""
+
+    def __init__(self, name: str, settings: CrossConfig, device: str, threads: int) -> None:
+        place = folder(name, settings)
+        library = sentence_transformers(name, threads)
+        if settings.remote_code:
+            _check_code(name, place)
+        with quiet():
+            self._model: Any = library.CrossEncoder(
+                str(place), device=_device(device), local_files_only=True, trust_remote_code=settings.remote_code,
+                max_length=settings.max_length, num_labels=1, model_kwargs={"dtype": settings.dtype, "use_safetensors": True},
+                processor_kwargs={"padding_side": "right"},
+            )  # fmt: skip
+        self._settings = settings
+
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The logit of each pair."""
+        import torch
+
+        found = self._model.predict(
+            list(pairs), batch_size=self._settings.batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
+        )
+        return [float(score) for score in found]
+
+
+def sentence_transformers(name: str, threads: int = 1) -> Any:
+    """The library, or a UserError with the remedy."""
+    try:
+        import sentence_transformers as library
+    except ImportError as error:
+        raise UserError(f"method {name} needs sentence-transformers ({error}); run: pip install 'intra[models]'") from error
+    import torch
+
+    torch.set_num_threads(threads)
+    return library
 
 
 @contextlib.contextmanager
@@ -116,20 +206,48 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def sentence_transformers(name: str) -> Any:
-    """The library, or a UserError with the remedy."""
-    try:
-        import sentence_transformers as library
-    except ImportError as error:
-        raise UserError(f"method {name} needs sentence-transformers ({error}); run: pip install 'intra[models]'") from error
-    return library
+def _transformer(place: Path, settings: ModelConfig, **lengths: int) -> Any:
+    from sentence_transformers.sentence_transformer import modules
+
+    with quiet():
+        return modules.Transformer(
+            str(place), model_kwargs={"dtype": settings.dtype, "use_safetensors": True}, config_kwargs={"trust_remote_code": False},
+            # Right, whatever the tokenizer's file says: positions that count from the left would count the padding.
+            processor_kwargs={"padding_side": "right"}, **lengths,
+        )  # fmt: skip
+
+
+def _device(device: str) -> str | None:
+    return None if device == "auto" else device
+
+
+def _cut(tokenizer: Any, texts: Sequence[str], longest: int) -> int:
+    return sum(len(ids) > longest for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
 
 
 def _check_modules(name: str, place: Path) -> None:
+    for kind in _module_types(place):
+        if kind not in _MODULES:
+            raise UserError(f"evaluate.models.{name}.model: {place / 'modules.json'} asks for a {kind} layer, which a dense model here "
+                            "does not have; choose another model")  # fmt: skip
+
+
+def _check_projection(name: str, place: Path) -> None:
+    """sentence-transformers gives an encoder without a projection a random one: that would be searched with in silence."""
+    architectures = json.loads((place / "config.json").read_text()).get("architectures") or []
+    if "Dense" not in _module_types(place) and "HF_ColBERT" not in architectures:
+        raise UserError(f"evaluate.models.{name}: {place} holds no projection trained for late interaction; choose another model, or set "
+                        "projection=false for the encoder's own token states")  # fmt: skip
+
+
+def _check_code(name: str, place: Path) -> None:
+    """The classes must be files of this very commit: `repository--module` would fetch another repository's newest."""
+    for reference in (json.loads((place / "config.json").read_text()).get("auto_map") or {}).values():
+        if "--" in str(reference):
+            raise UserError(f"evaluate.models.{name}: its config.json takes code from another repository ({reference}), at no fixed "
+                            "commit; choose another model")  # fmt: skip
+
+
+def _module_types(place: Path) -> list[str]:
     file = place / "modules.json"
-    if not file.is_file():
-        return
-    for module in json.loads(file.read_text()):
-        if (kind := module["type"].rsplit(".")[-1]) not in _MODULES:
-            raise UserError(f"evaluate.models.{name}.model: {file} asks for a {kind} layer, which a dense model here does not have; choose "
-                            "another model")  # fmt: skip
+    return [module["type"].rsplit(".")[-1] for module in json.loads(file.read_text())] if file.is_file() else []

@@ -5,6 +5,7 @@ Retrieval, over the gold groups of a question (a group is one gold passage; any 
     recall_at_k            share of the groups with a chunk in the top k
     success_at_k           1 where any group has a chunk in the top k
     ndcg_at_10, mrr        binary gain; mrr within the depth that was ranked
+    answer_recall_at_k     1 where an accepted answer stands in a chunk of the top k, gold or not; not for yes-or-no questions
 Answers, as in SQuAD and HotpotQA: em and f1, the best over the accepted answers.
 
 The standard measures are ir_measures'. It knows no groups, so the first chunk of a group in a ranking takes the group's own
@@ -18,12 +19,11 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from intra.data.schema import Question
+from intra.data.schema import Pool, Question
+from intra.evaluate_config import NDCG_DEPTH
 from intra.method import Rankings
 
 Values = dict[str, float]
-
-NDCG_DEPTH = 10
 
 
 def depth(ks: Sequence[int]) -> int:
@@ -86,6 +86,33 @@ def _standard(questions: Sequence[Question], rankings: Rankings, ks: Sequence[in
     results: dict[str, Values] = {question.question_id: dict.fromkeys(measures.values(), 0.0) for question in questions}
     for value in ir_measures.iter_calc(list(measures), qrels, run):
         results[value.query_id][measures[value.measure]] = float(value.value)
+    return results
+
+
+class Passages:
+    """The chunks' texts, normalised when first looked at."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._known: dict[str, str] = {}
+
+    def hold(self, chunk_id: str, answers: Sequence[str]) -> bool:
+        """Whether title and text hold an answer (normalised, as whole words)."""
+        if chunk_id not in self._known:
+            row = self._pool.row_of[chunk_id]
+            self._known[chunk_id] = f" {normalized(f'{self._pool.titles[row]} {self._pool.texts[row]}')} "
+        return any(f" {answer} " in self._known[chunk_id] for answer in answers)
+
+
+def answer_recall(questions: Sequence[Question], rankings: Rankings, ks: Sequence[int], passages: Passages) -> dict[str, Values]:
+    """answer_recall_at_k of the questions whose answer a passage can hold, by question_id."""
+    results = {}
+    for question in questions:
+        wanted = [answer for answer in map(normalized, question.answers) if answer and answer not in _WHOLE]
+        if wanted:
+            ids = [chunk_id for chunk_id, _ in rankings[question.question_id]]
+            first = next((rank for rank, chunk_id in enumerate(ids[: max(ks)]) if passages.hold(chunk_id, wanted)), len(ids))
+            results[question.question_id] = {f"answer_recall_at_{k}": float(first < k) for k in ks}
     return results
 
 

@@ -21,14 +21,23 @@ from intra.method import Ranking, Rankings
 
 Record = dict[str, Any]
 
-RANKINGS_SCHEMA = pa.schema(
-    [
-        ("question_id", pa.string()),
-        ("ids", pa.list_(pa.string())),
-        ("scores", pa.list_(pa.float64())),
-        ("answer", pa.string()),
-    ]
-)
+RANKINGS_SCHEMA = pa.schema([("question_id", pa.string()), ("ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
+
+
+def rankings_table(rankings: Rankings, questions: Sequence[Question]) -> pa.Table:
+    """RANKINGS_SCHEMA, a row per question."""
+    ids = [question.question_id for question in questions]
+    columns = {
+        "question_id": ids,
+        "ids": [[chunk for chunk, _ in rankings[question_id]] for question_id in ids],
+        "scores": [[score for _, score in rankings[question_id]] for question_id in ids],
+    }
+    return pa.table(columns, schema=RANKINGS_SCHEMA)
+
+
+def rankings_of(table: pa.Table) -> Rankings:
+    """What `rankings_table` was made of."""
+    return {row["question_id"]: list(zip(row["ids"], row["scores"], strict=True)) for row in table.to_pylist()}
 
 
 @dataclass
@@ -39,30 +48,13 @@ class Outcome:
     rankings: Rankings
     answers: dict[str, str] = field(default_factory=dict)
 
-    def table(self, questions: Sequence[Question]) -> pa.Table:
-        """RANKINGS_SCHEMA, a row per question."""
-        ids = [question.question_id for question in questions]
-        rankings = [self.rankings[question_id] for question_id in ids]
-        columns = {
-            "question_id": ids,
-            "ids": [[chunk for chunk, _ in ranking] for ranking in rankings],
-            "scores": [[score for _, score in ranking] for ranking in rankings],
-            "answer": [self.answers.get(question_id) for question_id in ids],
-        }
-        return pa.table(columns, schema=RANKINGS_SCHEMA)
-
-    @classmethod
-    def from_table(cls, method: str, table: pa.Table) -> Outcome:
-        rows = table.to_pylist()
-        return cls(
-            method,
-            {row["question_id"]: list(zip(row["ids"], row["scores"], strict=True)) for row in rows},
-            {row["question_id"]: row["answer"] for row in rows if row["answer"] is not None},
-        )
-
-    def values(self, questions: Sequence[Question], ks: Sequence[int]) -> dict[str, metrics.Values]:
-        """Every metric of every question, by question_id."""
+    def values(
+        self, questions: Sequence[Question], ks: Sequence[int], passages: metrics.Passages | None = None
+    ) -> dict[str, metrics.Values]:
+        """Every metric of every question, by question_id; answer recall where the passages are given."""
         values = metrics.retrieval(questions, self.rankings, ks)
+        for question_id, found in metrics.answer_recall(questions, self.rankings, ks, passages).items() if passages else ():
+            values[question_id] |= found
         if self.answers:
             for question_id, answer in metrics.answers(questions, self.answers).items():
                 values[question_id] |= answer
@@ -76,15 +68,36 @@ def records(method: str, questions: Sequence[Question], values: Mapping[str, met
         slices.setdefault(question.benchmark, []).append(question.question_id)
         if question.type:
             slices.setdefault(f"{question.benchmark}/{question.type}", []).append(question.question_id)
+    return _summed_up(method, slices, values, resamples, seed)
+
+
+def breakdowns(
+    values: Mapping[str, Mapping[str, metrics.Values]], questions: Sequence[Question], resamples: int, seed: int
+) -> list[Record]:
+    """Records by hops, question type and `gold_source`: `benchmark` is `name/hops 2`, `name/type bridge`, `name/gold_source annotated`."""
+    slices: dict[str, list[str]] = {}
+    for question in questions:
+        for kind, value in (("hops", question.hops), ("type", question.type), ("gold_source", question.gold_source)):
+            slices.setdefault(f"{question.benchmark}/{kind} {value}", []).append(question.question_id)
+    return [record for method, mine in values.items() for record in _summed_up(method, slices, mine, resamples, seed)]
+
+
+def _summed_up(
+    method: str, slices: Mapping[str, Sequence[str]], values: Mapping[str, metrics.Values], resamples: int, seed: int
+) -> list[Record]:
+    """A record of each metric over the questions of each slice that have it."""
     result = []
     for name, question_ids in sorted(slices.items()):
         rows = [values[question_id] for question_id in question_ids]
-        columns = list(rows[0])
-        matrix = np.array([[row[column] for column in columns] for row in rows])
-        low, high = bootstrap(matrix, resamples, seed)
-        for column, value, lower, upper in zip(columns, matrix.mean(axis=0), low, high, strict=True):
-            result.append({"method": method, "benchmark": name, "metric": column, "value": float(value), "low": float(lower),
-                           "high": float(upper), "n": len(rows)})  # fmt: skip
+        having: dict[tuple[int, ...], list[str]] = {}  # metrics by the questions that have them: one resample for all of these
+        for column in dict.fromkeys(column for row in rows for column in row):
+            having.setdefault(tuple(n for n, row in enumerate(rows) if column in row), []).append(column)
+        for places, columns in having.items():
+            matrix = np.array([[rows[place][column] for column in columns] for place in places])
+            low, high = bootstrap(matrix, resamples, seed)
+            for column, value, lower, upper in zip(columns, matrix.mean(axis=0), low, high, strict=True):
+                result.append({"method": method, "benchmark": name, "metric": column, "value": float(value), "low": float(lower),
+                               "high": float(upper), "n": len(places)})  # fmt: skip
     return result
 
 
@@ -109,7 +122,8 @@ def per_question(outcomes: Sequence[tuple[Outcome, Mapping[str, metrics.Values]]
                     **values[question.question_id],
                 }
             )
-    measured = [(name, pa.float64()) for name in outcomes[0][1][questions[0].question_id]]
+    every = dict.fromkeys(name for _, values in outcomes for row in values.values() for name in row)
+    measured = [(name, pa.float64()) for name in every]
     text, texts = pa.string(), pa.list_(pa.string())
     fixed = [("method", text), ("question_id", text), ("benchmark", text), ("type", text), ("question", text), ("gold", pa.list_(texts)),
              ("ids", texts), ("scores", pa.list_(pa.float64())), ("answers", texts), ("answer", text)]  # fmt: skip
@@ -150,7 +164,7 @@ def title(metric: str) -> str:
     kind, _, k = metric.rpartition("_at_")
     if not kind:
         return metric.upper()
-    kind = {"complete_recall": "complete R", "ndcg": "nDCG"}.get(kind, kind)
+    kind = {"complete_recall": "complete R", "ndcg": "nDCG", "answer_recall": "answer R"}.get(kind, kind)
     return f"{kind}@{k}"
 
 

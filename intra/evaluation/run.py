@@ -1,7 +1,12 @@
 """Evaluates every method on the test questions and writes the results artifact.
 
-The artifact holds methods/<method>.parquet (rankings and answers: the unit of commit, read instead of made again on resuming),
-runs/<method>.<benchmark>.trec, per_question.parquet, results.json, report.html, config.json and, last, manifest.json.
+    <root>/ranking/<fingerprint>/   a method's ranking: ranking.parquet, and what it cost in manifest.json
+    <root>/answers/<fingerprint>/   the answers read from a ranking's first chunks: answers.parquet
+    <root>/results/<fingerprint>/   runs/<method>.<benchmark>.trec, per_question.parquet, significance.json, breakdowns.json, results.json,
+                                    report.html, config.json and, last, manifest.json
+
+Rankings and answers are used again by every evaluation that asks for the same. A method that fails leaves the others' results:
+they are written, without the manifest, and the failures are raised at the end.
 <root>/results/results.json and report.html are those of the configuration that was evaluated last.
 """
 
@@ -10,29 +15,37 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from intra import lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.data.schema import POOL, QUESTIONS, Pool, Question, read_pool, read_questions, to_parquet
-from intra.errors import UserError
-from intra.evaluation import metrics, report, results
+from intra.errors import UserError, WorkflowError
+from intra.evaluate_config import NDCG_DEPTH, CrossConfig, DenseConfig, FusionConfig, LateConfig, ModelConfig, RerankConfig
+from intra.evaluation import metrics, report, results, significance
 from intra.evaluation.answers import Reader
 from intra.evaluation.results import Outcome, Record
-from intra.method import Method, check
+from intra.method import Method, Rankings, check
 
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone
+    from intra.baselines.corpus import Corpus
     from intra.store.reader import ChunkStore
 
+LOGGER = logging.getLogger(__name__)
 RESULTS = "results.json"
 REPORT = "report.html"
+RANKING = "ranking.parquet"
+ANSWERS = "answers.parquet"
 INTRINSIC = {"intra", "maxsim", "s0_reranked"}  # methods that need the chunk store and the retriever (S_0's settings are its own)
 
 
@@ -73,32 +86,79 @@ class Parts:
         )
         return {method.name: method for method in search.methods(passes, settings.answer_size, settings.answer_initial)}
 
-    def method(self, name: str) -> Method:
-        from intra.baselines import dense, lexical, models, reference
+    def corpus(self, name: str, pool: Pool) -> Corpus:
+        """The pool as the dense or late baseline `name` encodes it."""
+        from intra.baselines import models, tuning
+        from intra.baselines.corpus import Corpus
 
+        evaluate, settings = self.config.evaluate, self.config.evaluate.models[name]
+        place = lineage.vectors(self.config, name)
+        if isinstance(settings, LateConfig):
+            late = settings
+            return Corpus(
+                name, place, pool, lambda: models.Late(name, late, evaluate.device, evaluate.threads), evaluate.shard_chunks, half=True
+            )
+        dense = lineage.dense(self.config, name)
+
+        def encoder() -> models.Dense:
+            tuned = tuning.folder(self.config, name) if dense.tune else None
+            return models.Dense(name, dense, evaluate.device, evaluate.threads, tuned)
+
+        return Corpus(name, place, pool, encoder, evaluate.shard_chunks, half=False)
+
+    def method(self, name: str, first: Callable[[str, int], Rankings]) -> Method:
+        """The method `name`. `first(other, depth)` gives another method's ranking."""
+        from intra.baselines import dense, lexical, reference, wrappers
+
+        model = self.config.evaluate.models.get(name)
+        if isinstance(model, FusionConfig):
+            fusion = model
+            return wrappers.Fusion(name, lambda: [first(part, fusion.depth) for part in fusion.of], fusion.k)
+        if isinstance(model, RerankConfig):
+            rerank = model
+            return wrappers.Rerank(name, lambda: first(rerank.of, rerank.depth), self._scorer(rerank.by))
+        if model is not None:
+            kind = dense.Late if isinstance(model, LateConfig) else dense.Dense
+            return kind(name, lambda pool: self.corpus(name, pool))
         if name in INTRINSIC:
             return self.intrinsic[name]
-        if name in self.config.evaluate.models:
-            evaluate = self.config.evaluate
-            settings, place = evaluate.models[name], lineage.vectors(self.config, name)
-            return dense.Dense(
-                name, settings, place, lambda: models.Dense(name, settings, evaluate.device, evaluate.threads), evaluate.shard_chunks
-            )
         if name == "bm25":
-            return lexical.BM25()
+            return lexical.BM25(self.config.evaluate.bm25)
         if name == "tfidf":
             return lexical.TfIdf()
         return reference.Random(self.config.seed) if name == "random" else reference.Oracle(self.config.seed)
+
+    def _scorer(self, name: str) -> Any:
+        from intra.baselines import dense, models, wrappers
+
+        evaluate, model = self.config.evaluate, self.config.evaluate.models[name]
+        if isinstance(model, CrossConfig):
+            cross = model
+            return wrappers.CrossScorer(name, lambda: models.Cross(name, cross, evaluate.device, evaluate.threads))
+        return (dense.Late if isinstance(model, LateConfig) else dense.Dense)(name, lambda pool: self.corpus(name, pool))
+
+
+def encoded(config: Config) -> list[str]:
+    """The models whose corpora the methods need."""
+    found = []
+    for name in config.evaluate.depths():
+        model = config.evaluate.models.get(name)
+        name = model.by if isinstance(model, RerankConfig) else name
+        model = config.evaluate.models.get(name)
+        if isinstance(model, ModelConfig) and not isinstance(model, CrossConfig):
+            found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def needed(config: Config) -> list[Artifact]:
     """The artifacts an evaluation reads beside the dataset: the fewer, the fewer methods are asked for."""
     artifacts = []
-    intrinsic = not INTRINSIC.isdisjoint(config.evaluate.methods)
-    if config.evaluate.answers or intrinsic:
+    intrinsic = not INTRINSIC.isdisjoint(config.evaluate.depths())
+    tuned = any(isinstance(model := config.evaluate.models[name], DenseConfig) and model.tune for name in encoded(config))
+    if config.evaluate.answers or intrinsic or tuned:
         artifacts += [lineage.backbone(config)] if config.backbone.train else []
         artifacts.append(lineage.store(config))
-    if intrinsic:
+    if intrinsic or tuned:
         artifacts.append(lineage.retriever(config))
     return artifacts
 
@@ -107,51 +167,43 @@ def make(config: Config, artifact: Artifact) -> None:
     """Evaluates `config.evaluate.methods` and completes the results artifact.
 
     Raises UserError: a predecessor is missing, no test questions, one without an answer (evaluate.answers), a pool
-    smaller than evaluate.k. WorkflowError: a method's
-    ranking is not one.
+    smaller than evaluate.k. Where methods failed, after the others' results are written: WorkflowError, or UserError where all the
+    failures are the user's to mend; it names them.
     """
     dataset = lineage.dataset(config)
     facts = dataset.manifest()
     sources = {source.kind: source.fingerprint for source in needed(config) if source.manifest()}
-    questions, pool = read_questions(dataset.url, "test"), read_pool(dataset.url)
-    if not questions:
-        raise UserError(f"dataset {dataset.url} holds no test questions; check data.test_split and run workflows/prepare.py")
-    silent = next((question.question_id for question in questions if not question.answers), None) if config.evaluate.answers else None
-    if silent is not None:
-        raise UserError(f"question {silent} of dataset {dataset.url} has no answer to compare with; set evaluate.answers=false")
-    if len(pool) < metrics.depth(config.evaluate.k):
-        raise UserError(
-            f"evaluate.k: rankings of {metrics.depth(config.evaluate.k)} chunks need a larger pool than {len(pool)}; lower evaluate.k "
-            f"(nDCG@{metrics.NDCG_DEPTH} needs {metrics.NDCG_DEPTH}) or raise data.pool_limit"
-        )
-    parts = Parts(config)
+    questions, pool = _test_set(config, dataset)
     with tracking.step(config, "evaluate", artifact) as run:
         run.log_input("pool", facts["pool_sha256"], dataset.path(POOL))
         run.log_input("questions", facts["questions_sha256"], dataset.path(QUESTIONS))
         for kind, mark in sources.items():
             run.log_input(kind, mark, getattr(lineage, kind)(config).url)
-        reader = _reader(parts, pool) if config.evaluate.answers else None
+        searches = Searches(Parts(config), questions, pool)
+        reader = _reader(searches.parts, pool) if config.evaluate.answers else None
+        passages = metrics.Passages(pool)
         outcomes: list[tuple[Outcome, dict[str, metrics.Values]]] = []
         records: list[Record] = []
         for name in config.evaluate.methods:
-            with run.child(name, {"method": name}) as child:
-                outcome, seconds = _outcome(name, parts, artifact, questions, pool, reader)
-                values = outcome.values(questions, config.evaluate.k)
-                found = results.records(name, questions, values, config.evaluate.bootstrap, config.seed)
-                child.log_metrics({f"{r['benchmark']}/{r['metric']}": r["value"] for r in found} | seconds)
-                for file, text in _run_files(outcome, questions).items():
-                    storage.write_bytes(artifact.path("runs", file), text.encode())
-                    child.log_artifact(text, f"runs/{file}")
+            try:
+                with run.child(name, {"method": name}) as child:
+                    outcome, seconds = _outcome(name, searches, reader)
+                    values = outcome.values(questions, config.evaluate.k, passages)
+                    found = results.records(name, questions, values, config.evaluate.bootstrap, config.seed)
+                    child.log_metrics({f"{r['benchmark']}/{r['metric']}": r["value"] for r in found} | seconds)
+                    for file, text in _run_files(outcome, questions).items():
+                        storage.write_bytes(artifact.path("runs", file), text.encode())
+                        child.log_artifact(text, f"runs/{file}")
+            except Exception as error:  # whatever it was, it is this method's: the others go on, and it is raised at the end
+                searches.failed(name, error)
+                continue
             outcomes.append((outcome, values))
             records += found
-        storage.write_bytes(artifact.path("per_question.parquet"), to_parquet(results.per_question(outcomes, questions)))
-        encoded = (json.dumps(records, indent=1) + "\n").encode()
-        page = report.html(records, _facts(config, artifact, facts, sources), tracking.resolved(config))
-        storage.write_bytes(artifact.path(RESULTS), encoded)
-        storage.write_bytes(artifact.path(REPORT), page.encode())
-        storage.write_json(artifact.path("config.json"), tracking.resolved(config))
-        run.log_artifact(encoded, RESULTS)
-        run.log_artifact(page, REPORT)
+        if outcomes:
+            encoded = _write(config, artifact, run, questions, outcomes, records, _facts(config, artifact, facts, sources))
+            if searches.failures:
+                publish(config, artifact)
+        searches.raise_failures(bool(outcomes))
         artifact.finish(
             {
                 "methods": config.evaluate.methods,
@@ -164,38 +216,141 @@ def make(config: Config, artifact: Artifact) -> None:
         )
 
 
+def _write(
+    config: Config, artifact: Artifact, run: tracking.Run, questions: Sequence[Question],
+    outcomes: Sequence[tuple[Outcome, dict[str, metrics.Values]]], records: list[Record], facts: Mapping[str, str],
+) -> bytes:  # fmt: skip
+    """Everything of the results artifact but the manifest; the bytes of results.json."""
+    settings, encoded = config.evaluate, (json.dumps(records, indent=1) + "\n").encode()
+    values = {outcome.method: mine for outcome, mine in outcomes}
+    compared = significance.compare(values, questions, settings.permutations, config.seed)
+    page = report.html(records, facts, tracking.resolved(config))
+    storage.write_bytes(artifact.path("per_question.parquet"), to_parquet(results.per_question(outcomes, questions)))
+    closed = [r for name in ("em", "f1") for r in significance.gap_closure(values, questions, name, settings.bootstrap, config.seed)]
+    storage.write_json(artifact.path("significance.json"), {"tests": compared, "gap_closure": closed})
+    storage.write_json(artifact.path("breakdowns.json"), results.breakdowns(values, questions, settings.bootstrap, config.seed))
+    storage.write_bytes(artifact.path(RESULTS), encoded)
+    storage.write_bytes(artifact.path(REPORT), page.encode())
+    storage.write_json(artifact.path("config.json"), tracking.resolved(config))
+    run.log_artifact(encoded, RESULTS)
+    run.log_artifact(page, REPORT)
+    return encoded
+
+
+def _test_set(config: Config, dataset: Artifact) -> tuple[list[Question], Pool]:
+    questions, pool = read_questions(dataset.url, "test"), read_pool(dataset.url)
+    if not questions:
+        raise UserError(f"dataset {dataset.url} holds no test questions; check data.test_split and run workflows/prepare.py")
+    silent = next((question.question_id for question in questions if not question.answers), None) if config.evaluate.answers else None
+    if silent is not None:
+        raise UserError(f"question {silent} of dataset {dataset.url} has no answer to compare with; set evaluate.answers=false")
+    if len(pool) < metrics.depth(config.evaluate.k):
+        raise UserError(
+            f"evaluate.k: rankings of {metrics.depth(config.evaluate.k)} chunks need a larger pool than {len(pool)}; lower evaluate.k "
+            f"(nDCG@{NDCG_DEPTH} needs {NDCG_DEPTH}) or raise data.pool_limit"
+        )
+    return questions, pool
+
+
+class Searches:
+    """The rankings of the methods and of the parts they are made of: each read where it is stored, else made and stored, once."""
+
+    def __init__(self, parts: Parts, questions: Sequence[Question], pool: Pool) -> None:
+        self.parts = parts
+        self.questions = questions
+        self.pool = pool
+        self._depths = parts.config.evaluate.depths()
+        self._known: dict[str, Rankings] = {}
+        self._failures: dict[str, Exception] = {}
+
+    def ranking(self, name: str) -> Rankings:
+        """As deep as anything asks of it."""
+        if name in self._failures:
+            raise WorkflowError(f"its part {name} failed")
+        if name not in self._known:
+            try:
+                self._known[name] = self._ranking(name)
+            except Exception as error:
+                self._failures[name] = error  # a method that shares this part shall not try again
+                raise
+        return self._known[name]
+
+    def cost(self, name: str) -> dict[str, float]:
+        """Seconds that the method's own index and search took, when they were made."""
+        facts = lineage.ranking(self.parts.config, name).manifest()
+        return {key: facts[key] for key in ("index_seconds", "search_seconds")}
+
+    @property
+    def failures(self) -> dict[str, Exception]:
+        """Of the methods that were asked for."""
+        return {name: error for name, error in self._failures.items() if name in self.parts.config.evaluate.methods}
+
+    def failed(self, name: str, error: Exception) -> None:
+        self._failures[name] = error
+        if isinstance(error, UserError | WorkflowError):
+            reason = str(error)
+        else:
+            LOGGER.exception("method %s", name, exc_info=error)  # not foreseen: where it happened matters
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self._failures[name] = type(error)(reason) if isinstance(error, UserError | WorkflowError) else WorkflowError(reason)
+        print(f"error: method {name} failed: {reason}", file=sys.stderr)
+
+    def raise_failures(self, others: bool) -> None:
+        """Raises what `failed` was told, in one line."""
+        failures = self.failures
+        if not failures:
+            return
+        kind = UserError if all(isinstance(error, UserError) for error in failures.values()) else WorkflowError
+        text = "; ".join(f"method {name} failed: {error}" for name, error in failures.items())
+        raise kind(f"{text}; " + ("the other methods' results are written; " if others else "") + "run the same command again")
+
+    def _ranking(self, name: str) -> Rankings:
+        artifact, depth = lineage.ranking(self.parts.config, name), min(self._depths[name], len(self.pool))
+        if artifact.complete():
+            rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
+            check(name, rankings, self.questions, depth, self.pool)
+            return rankings
+        for part in self.parts.config.evaluate.parts(name):
+            self.ranking(part)  # before the clock starts: their cost is theirs
+        start = time.perf_counter()
+        method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
+        method.index(self.pool)
+        indexed = time.perf_counter()
+        rankings = method.search(self.questions, depth)
+        searched = time.perf_counter()
+        check(name, rankings, self.questions, depth, self.pool)
+        storage.write_bytes(artifact.path(RANKING), to_parquet(results.rankings_table(rankings, self.questions)))
+        artifact.finish({"method": name, "depth": depth, "index_seconds": indexed - start, "search_seconds": searched - indexed})
+        return rankings
+
+
 def _reader(parts: Parts, pool: Pool) -> Reader:
     lengths = dict(zip(pool.chunk_ids, pool.table["n_tokens"].to_pylist(), strict=True))
     return Reader(parts, lengths, parts.config.evaluate.answer_batch, parts.config.backbone.answer_tokens)
 
 
-def _outcome(
-    name: str, parts: Parts, artifact: Artifact, questions: Sequence[Question], pool: Pool, reader: Reader | None
-) -> tuple[Outcome, dict[str, float]]:
-    """The method's rankings and answers, read where they are committed; and the seconds that making them took."""
-    place, size = artifact.path("methods", f"{name}.parquet"), parts.config.retriever.answer_size
-    depth = metrics.depth(parts.config.evaluate.k)
-    if storage.exists(place):
-        outcome = Outcome.from_table(name, pq.read_table(io.BytesIO(storage.read_bytes(place))))
-        check(name, outcome.rankings, questions, depth)
-        if reader is not None:
-            for question_id, answer in outcome.answers.items():
-                reader.remember(question_id, _top(outcome, question_id, size), answer)
-        return outcome, {}
-    start = time.perf_counter()
-    method = parts.method(name)
-    method.index(pool)
-    indexed = time.perf_counter()
-    outcome = Outcome(name, method.search(questions, depth))
-    check(name, outcome.rankings, questions, depth)
-    seconds = {"index_seconds": indexed - start, "search_seconds": time.perf_counter() - indexed}
-    if reader is not None:
+def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outcome, dict[str, float]]:
+    """The method's rankings, as deep as they are judged, and its answers; and the seconds that making them took."""
+    config, questions = searches.parts.config, searches.questions
+    depth, size = metrics.depth(config.evaluate.k), config.retriever.answer_size
+    outcome = Outcome(name, {key: ranking[:depth] for key, ranking in searches.ranking(name).items()})
+    seconds = searches.cost(name)
+    if reader is None:
+        return outcome, seconds
+    artifact = lineage.answers(config, name)
+    if artifact.complete():
+        rows = pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(ANSWERS)))).to_pylist()
+        outcome.answers = {row["question_id"]: row["answer"] for row in rows}
+        for question_id, answer in outcome.answers.items():
+            reader.remember(question_id, _top(outcome, question_id, size), answer)
+    else:
         start = time.perf_counter()
         chosen = {question.question_id: _top(outcome, question.question_id, size) for question in questions}
         outcome.answers = reader.answer(questions, chosen, f"{name}: answers")
-        seconds["answer_seconds"] = time.perf_counter() - start
-    storage.write_bytes(place, to_parquet(outcome.table(questions)))
-    return outcome, seconds
+        table = pa.table({"question_id": list(outcome.answers), "answer": list(outcome.answers.values())})
+        storage.write_bytes(artifact.path(ANSWERS), to_parquet(table))
+        artifact.finish({"method": name, "answer_seconds": time.perf_counter() - start})
+    return outcome, seconds | {"answer_seconds": artifact.manifest()["answer_seconds"]}
 
 
 def _top(outcome: Outcome, question_id: str, size: int) -> list[str]:

@@ -51,9 +51,34 @@ def questions() -> list[Question]:
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder (as MiniLM, BGE), as transformers saves it."""
-    from transformers import BertConfig, BertModel
+    return saved(tmp_path_factory.mktemp("bert"), "BertModel", "BertConfig", SIZES)
 
-    return saved(tmp_path_factory.mktemp("bert"), BertModel, BertConfig(**SIZES), "right")
+
+@pytest.fixture(scope="session")
+def cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cross-encoder of XLM-RoBERTa's class (as Jina's reranker)."""
+    sizes = {**SIZES, "num_labels": 1, "max_position_embeddings": 140}
+    return saved(tmp_path_factory.mktemp("cross"), "XLMRobertaForSequenceClassification", "XLMRobertaConfig", sizes)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 decoder (as Qwen3-Embedding), whose tokenizer pads on the left and ends a text with a token of its own."""
+    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 16}
+    return saved(tmp_path_factory.mktemp("qwen"), "Qwen3Model", "Qwen3Config", sizes, "left")
+
+
+@pytest.fixture(scope="session")
+def colbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A late-interaction model with a projection, as sentence-transformers saves one."""
+    import torch
+    from sentence_transformers import MultiVectorEncoder
+
+    bare = saved(tmp_path_factory.mktemp("bare"), "BertModel", "BertConfig", SIZES)
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("colbert")
+    MultiVectorEncoder(str(bare), device="cpu", prompts={"query": "question ", "document": "passage "}).save_pretrained(str(folder))
+    return folder
 
 
 SIZES: dict[str, Any] = {
@@ -62,8 +87,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def saved(folder: Path, model: Any, config: Any, padding_side: str) -> Path:
+def saved(folder: Path, model: str, config: str, sizes: dict[str, Any], padding_side: str = "right") -> Path:
+    """A model of transformers' class `model` with random weights, and a tokenizer of WORDS."""
     import torch
+    import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -79,5 +106,5 @@ def saved(folder: Path, model: Any, config: Any, padding_side: str) -> Path:
         padding_side=padding_side, model_max_length=128,
     ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
-    model(config).save_pretrained(folder)
+    getattr(transformers, model)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
     return folder

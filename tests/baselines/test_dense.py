@@ -14,9 +14,10 @@ import pytest
 from intra import config as configuration
 from intra.artifact import Artifact
 from intra.baselines import dense, models
-from intra.config import DenseConfig
+from intra.baselines.corpus import Corpus
 from intra.data.schema import Pool, Question
 from intra.errors import UserError, WorkflowError
+from intra.evaluate_config import DenseConfig
 from intra.method import check
 
 
@@ -28,13 +29,15 @@ def settings(model: Path | str, **values: Any) -> DenseConfig:
 
 def method(root: Path, chosen: DenseConfig, shard_chunks: int = 16) -> dense.Dense:
     place = Artifact("vectors", str(root / "vectors"), "mark", "evaluate")
-    return dense.Dense("tiny", chosen, place, lambda: models.Dense("tiny", chosen, "cpu", 1), shard_chunks)
+    return dense.Dense(
+        "tiny", lambda pool: Corpus("tiny", place, pool, lambda: models.Dense("tiny", chosen, "cpu", 1), shard_chunks, False)
+    )
 
 
 def rank(found: dense.Dense, pool: Pool, questions: Sequence[Question], k: int = 20) -> dict[str, list[tuple[str, float]]]:
     found.index(pool)
     rankings = found.search(questions, k)
-    check("tiny", rankings, questions, k)
+    check("tiny", rankings, questions, k, pool)
     return rankings
 
 
@@ -90,28 +93,27 @@ def test_a_run_that_was_cut_off_encodes_the_rest_only(
     class Counted(models.Dense):
         texts = 0
 
-        def encode(self, texts: Sequence[str], prompt: str) -> models.Floats:
+        def passages(self, texts: Sequence[str]) -> tuple[models.Floats, list[int]]:
             if Counted.texts + len(texts) > limit:
                 raise WorkflowError("stopped")
             Counted.texts += len(texts)
-            return super().encode(texts, prompt)
+            return super().passages(texts)
 
     chosen = settings(bert, max_length=8)
     whole = rank(method(tmp_path / "whole", chosen), pool, questions)
-    assert "texts are longer than 8 tokens and were cut" in capsys.readouterr().out
+    assert "texts are longer than the model reads and were cut" in capsys.readouterr().out
     vectors = Artifact("vectors", str(tmp_path / "part" / "vectors"), "mark", "evaluate")
     limit = 40  # texts: two shards of 16
-    again = dense.Dense("tiny", chosen, vectors, lambda: Counted("tiny", chosen, "cpu", 1), 16)
+    again = dense.Dense("tiny", lambda pool: Corpus("tiny", vectors, pool, lambda: Counted("tiny", chosen, "cpu", 1), 16, False))
     with pytest.raises(WorkflowError, match="stopped"):
         again.index(pool)
-    limit = 60 + len(questions)
+    limit = 60
     assert rank(again, pool, questions) == whole
-    assert Counted.texts == 60 + len(questions)
-    assert vectors.manifest()["rows"] == 60
+    assert Counted.texts == 60
+    assert vectors.manifest()["texts"] == 60
     first = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "vectors").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "part" / "vectors").iterdir()} == first
     Path(vectors.path("000000016.safetensors")).write_bytes(b"\x08" + bytes(20))
-    limit += len(questions)
     with pytest.raises(WorkflowError, match=r"000000016\.safetensors: damaged"):
         again.search(questions, 5)
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pytest
 from intra.baselines.lexical import BM25, TfIdf, best
 from intra.data.schema import POOL_SCHEMA, Pool, Question
 from intra.errors import UserError
+from intra.evaluate_config import BM25Config
 from intra.method import Method, check
 
 TEXTS = [
@@ -42,16 +45,19 @@ def ask(*texts: str) -> list[Question]:
 QUESTIONS = ask("Who directed the film Red Moon?", "Where was Ada Bell born?", "small port", "the of and", "zebra")
 
 
-def test_bm25_is_lucenes_formula() -> None:
-    """Against the formula written out: k1 1.5, b 0.75, idf ln(1 + (N - n + 0.5) / (n + 0.5))."""
+@pytest.mark.parametrize(("k1", "b", "stemming"), [(1.5, 0.75, "none"), (0.9, 0.4, "none"), (1.5, 0.75, "english")])
+def test_bm25_is_lucenes_formula(k1: float, b: float, stemming: Any) -> None:
+    """Against the formula written out: idf ln(1 + (N - n + 0.5) / (n + 0.5))."""
     from bm25s.stopwords import STOPWORDS_EN
 
+    stem = pytest.importorskip("Stemmer").Stemmer("english").stemWord if stemming == "english" else str
+
     def words(text: str) -> list[str]:
-        return [word for word in re.findall(r"(?u)\b\w\w+\b", text.lower()) if word not in STOPWORDS_EN]
+        return [stem(word) for word in re.findall(r"(?u)\b\w\w+\b", text.lower()) if word not in STOPWORDS_EN]
 
     documents = [Counter(words(f"{title} {text}")) for title, text in TEXTS]
     mean = sum(sum(document.values()) for document in documents) / len(documents)
-    method = BM25()
+    method = BM25(BM25Config(k1=k1, b=b, stemming=stemming))
     method.index(make_pool(TEXTS))
     for question in QUESTIONS:
         expected = []
@@ -61,7 +67,7 @@ def test_bm25_is_lucenes_formula() -> None:
                 containing = sum(word in other for other in documents)
                 idf = math.log(1 + (len(documents) - containing + 0.5) / (containing + 0.5))
                 frequency = document[word]
-                score += idf * frequency / (frequency + 1.5 * (0.25 + 0.75 * sum(document.values()) / mean)) if frequency else 0
+                score += idf * frequency / (frequency + k1 * (1 - b + b * sum(document.values()) / mean)) if frequency else 0
             expected.append(score)
         ranking = dict(method.search([question], len(TEXTS))[question.question_id])
         assert [ranking[f"c{row}"] for row in range(len(TEXTS))] == pytest.approx(expected, rel=1e-5)
@@ -84,16 +90,23 @@ def test_tfidf_is_the_cosine_of_its_vectors() -> None:
 
 @pytest.mark.parametrize("method", [BM25(), TfIdf()], ids=lambda method: method.name)
 def test_every_question_gets_exactly_k_in_order(method: Method) -> None:
-    method.index(make_pool(TEXTS))
+    pool = make_pool(TEXTS)
+    method.index(pool)
     for k in (1, 4, 6):
         rankings = method.search(QUESTIONS, k)
-        check(method.name, rankings, QUESTIONS, k)
+        check(method.name, rankings, QUESTIONS, k, pool)
         assert {len(ranking) for ranking in rankings.values()} == {k}
     # No word in common: chunks of score zero, in id order.
     assert method.search(QUESTIONS, 3)["q4"] == [("c0", 0.0), ("c1", 0.0), ("c2", 0.0)]
     # The two equal chunks tie, and the lower id comes first.
     assert [chunk for chunk, _ in method.search(QUESTIONS, 2)["q2"]] == ["c4", "c5"]
     assert method.search([], 3) == {}
+
+
+def test_a_missing_stemmer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "Stemmer", None)
+    with pytest.raises(UserError, match="pip install PyStemmer"):
+        BM25(BM25Config(stemming="english")).index(make_pool(TEXTS))
 
 
 @pytest.mark.parametrize("method", [BM25(), TfIdf()], ids=lambda method: method.name)

@@ -40,7 +40,7 @@ def test_random_scores_at_chance(pool: Pool, questions: list[Question]) -> None:
     method = Random(seed=0)
     method.index(pool)
     rankings = method.search(questions, 10)
-    check("random", rankings, questions, 10)
+    check("random", rankings, questions, 10, pool)
     for k in (5, 10):
         missed_first = 1 - k / CHUNKS
         missed_second = math.comb(CHUNKS - 2, k) / math.comb(CHUNKS, k)
@@ -56,7 +56,7 @@ def test_random_scores_at_chance(pool: Pool, questions: list[Question]) -> None:
 def test_a_constant_scorer_scores_at_chance(pool: Pool, questions: list[Question]) -> None:
     """It ranks by id alone, so it finds c00 .. c09: the expected recall is counted, not estimated."""
     constant = {question.question_id: [(chunk, 0.5) for chunk in pool.chunk_ids[:10]] for question in questions}
-    check("constant", constant, questions, 10)
+    check("constant", constant, questions, 10, pool)
     found = [all(any(int(chunk[1:]) < 5 for chunk in group) for group in question.gold) for question in questions]
     assert mean(questions, constant, "complete_recall_at_5") == pytest.approx(sum(found) / QUESTIONS)
 
@@ -65,7 +65,7 @@ def test_the_oracle_scores_one(pool: Pool, questions: list[Question]) -> None:
     method = Oracle(seed=0)
     method.index(pool)
     rankings = method.search(questions, 10)
-    check("oracle", rankings, questions, 10)
+    check("oracle", rankings, questions, 10, pool)
     for metric in metrics.names([5, 10]):
         assert mean(questions, rankings, metric) == 1.0
     assert [chunk for chunk, _ in rankings["q7"][:2]] == ["c07", "c10"]

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from intra.data.schema import Question
+from intra.data.schema import POOL_SCHEMA, Pool, Question
 from intra.errors import WorkflowError
 from intra.evaluation import intervals, metrics
+from intra.evaluation.results import trec
 from intra.method import Ranking, check
 
 
@@ -17,6 +22,12 @@ def ask(question_id: str, gold: tuple[tuple[str, ...], ...], answers: tuple[str,
 
 def ranked(*ids: str) -> Ranking:
     return [(chunk, float(-rank)) for rank, chunk in enumerate(ids)]
+
+
+def make_pool(texts: dict[str, str]) -> Pool:
+    columns = {"chunk_id": list(texts), "title": ["The title"] * len(texts), "text": list(texts.values()), "source": ["test"] * len(texts),
+               "n_tokens": [1] * len(texts)}  # fmt: skip
+    return Pool(pa.table(columns, schema=POOL_SCHEMA))
 
 
 EXACT = [
@@ -101,6 +112,36 @@ def test_complete_recall_agrees_with_the_standard_measures() -> None:
     assert seen == {(True, True), (False, True), (False, False)}
 
 
+def test_answer_recall_is_of_whole_words_in_any_passage() -> None:
+    passages = metrics.Passages(
+        make_pool({"a": "He was born in Parish, 1378.", "b": "It lies near the Paris (France).", "c": "Paris, yes."})
+    )
+    ranking = ranked("a", "b", "c")
+    for answers, found in [(("Paris",), [0, 1]), (("1,378", "x"), [1, 1]), (("Title",), [1, 1]), (("the paris france",), [0, 1])]:
+        values = metrics.answer_recall([ask("q", (("c",),), answers)], {"q": ranking}, [1, 2], passages)["q"]
+        assert values == {"answer_recall_at_1": found[0], "answer_recall_at_2": found[1]}, answers
+    # No passage holds the answer of a yes-or-no question, nor one that normalises to nothing.
+    assert metrics.answer_recall([ask("q", (("c",),), ("Yes", "the"))], {"q": ranking}, [1, 2], passages) == {}
+
+
+def test_the_standard_measures_are_ir_measures_own_command_line(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    questions = [ask(f"q{n}", tuple((f"c{number}",) for number in chance.sample(range(40), chance.randint(1, 4)))) for n in range(25)]
+    rankings = {question.question_id: ranked(*chance.sample([f"c{number}" for number in range(40)], 20)) for question in questions}
+    qrels, run = tmp_path / "qrels", tmp_path / "run"
+    qrels.write_text("".join(f"{q.question_id} 0 {group[0]} 1\n" for q in questions for group in q.gold))
+    run.write_text(trec("tiny", rankings, questions))
+    names = {"nDCG@10": "ndcg_at_10", "RR": "mrr", "R@5": "recall_at_5", "Success@5": "success_at_5"}
+    command = [sys.executable, "-m", "ir_measures", str(qrels), str(run), *names, "--by_query", "--no_summary", "--places", "9"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    found = metrics.retrieval(questions, rankings, [5])
+    assert len([line for line in lines if line]) == 4 * 25
+    for line in lines:
+        if line:
+            question_id, measure, value = line.split()
+            assert found[question_id][names[measure]] == pytest.approx(float(value), abs=1e-8)
+
+
 @pytest.mark.parametrize(
     ("ranking", "problem"),
     [
@@ -110,12 +151,13 @@ def test_complete_recall_agrees_with_the_standard_measures() -> None:
         ([("a", 2.0), ("b", float("nan")), ("c", 1.0)], "not a number"),
         ([("a", 1.0), ("b", 2.0), ("c", 0.0)], "not ordered"),
         ([("b", 1.0), ("a", 1.0), ("c", 0.0)], "not ordered"),
+        (ranked("a", "b", "z"), "'z' is no chunk of the pool"),
     ],
 )
 def test_a_bad_ranking_is_refused_by_name(ranking: Ranking | None, problem: str) -> None:
     rankings = {} if ranking is None else {"q": ranking}
     with pytest.raises(WorkflowError, match=f"method broken, question q: .*{problem}"):
-        check("broken", rankings, [ask("q", (("a",),))], 3)
+        check("broken", rankings, [ask("q", (("a",),))], 3, make_pool({"a": "", "b": "", "c": ""}))
 
 
 def test_the_bootstrap_agrees_with_scipy() -> None:

@@ -68,11 +68,9 @@ def test_a_run_file_has_six_columns() -> None:
     assert len(lines) == 60
 
 
-def test_an_outcome_comes_back_from_its_table() -> None:
+def test_rankings_come_back_from_their_table() -> None:
     one = outcome("bm25", 3)
-    assert Outcome.from_table("bm25", one.table(QUESTIONS)) == one
-    silent = Outcome("bm25", one.rankings)
-    assert Outcome.from_table("bm25", silent.table(QUESTIONS)).answers == {}
+    assert results.rankings_of(results.rankings_table(one.rankings, QUESTIONS)) == one.rankings
 
 
 class Page(HTMLParser):

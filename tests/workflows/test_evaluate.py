@@ -29,6 +29,7 @@ from workflows import evaluate, nightly, prepare
 ARCHITECTURE = ArchitectureConfig(
     hidden_size=32, intermediate_size=48, encoder_layers=1, decoder_layers=2, heads=2, kv_heads=1, head_dim=16, vocabulary=300
 )
+ANSWER_RECALL = ["answer_recall_at_5", "answer_recall_at_10"]
 METHODS = ["intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle"]
 
 
@@ -102,7 +103,7 @@ def test_results(finished: tuple[Config, str]) -> None:
     records = json.loads(Path(place).read_text())
     assert {frozenset(record) for record in records} == {frozenset({"method", "benchmark", "metric", "value", "low", "high", "n"})}
     assert list(dict.fromkeys(record["method"] for record in records)) == METHODS
-    assert {record["metric"] for record in records} == {*metrics.names([5, 10]), "em", "f1"}
+    assert {record["metric"] for record in records} == {*metrics.names([5, 10]), *ANSWER_RECALL, "em", "f1"}
     assert {record["benchmark"].split("/")[0] for record in records} == {"synthetic"}
     assert {record["benchmark"] for record in records} > {"synthetic"}
     assert all(0 <= record["low"] <= record["value"] <= record["high"] <= 1 for record in records)
@@ -117,7 +118,8 @@ def test_what_lies_beside_them(finished: tuple[Config, str]) -> None:
     config, place = finished
     artifact = lineage.results(config)
     assert set(storage.names(artifact.url)) == {
-        "config.json", "manifest.json", "methods", "per_question.parquet", "report.html", "results.json", "runs"
+        "breakdowns.json", "config.json", "manifest.json", "per_question.parquet", "report.html", "results.json", "runs",
+        "significance.json",
     }  # fmt: skip
     assert set(storage.names(artifact.path("runs"))) == {f"{method}.synthetic.trec" for method in METHODS}
     assert storage.read_bytes(artifact.path("results.json")) == Path(place).read_bytes()
@@ -201,9 +203,11 @@ def test_plans(finished: tuple[Config, str], model: Path, tmp_path: Path) -> Non
     assert evaluate.plan(config)[0].startswith(f"evaluate: results {lineage.results(config).url} are complete")
     other = config.model_copy(update={"seed": 1})
     assert "workflows/prepare.py" in "\n".join(evaluate.plan(other))
-    lexical = settings(config.root, model, methods=["bm25"], answers=False)
+    lexical = settings(config.root, model, methods=["bm25", "random"], answers=False)
     assert len(evaluate.plan(lexical)) == 1
-    assert "12 questions, no answers, by bm25; done: none" in evaluate.plan(lexical)[0]
+    assert "12 questions, no answers, by bm25, random; done: bm25, random" in evaluate.plan(lexical)[0]
+    deeper = settings(config.root, model, methods=["bm25", "random"], answers=False, k=[30])
+    assert "done: none" in evaluate.plan(deeper)[0]
     wider = settings(config.root, model, methods=["intra"]).model_copy(update={"retriever": configuration.RetrieverConfig(tokens=9)})
     assert [line.split()[1:4] for line in evaluate.plan(wider)[1:]] == [["waits", "for", "the"]] * 2
     fresh = settings(tmp_path / "absent", model)
@@ -226,9 +230,12 @@ def test_an_interrupted_evaluation_goes_on(
     def stop(*_: Any) -> Any:
         raise WorkflowError("stopped here")
 
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(reference.Oracle, "search", stop)
-        with pytest.raises(WorkflowError, match="stopped here"):
+        patch.setattr(reference.Oracle, "search", interrupt)
+        with pytest.raises(KeyboardInterrupt):
             evaluate.run(again)
     assert not lineage.results(again).complete()
     for method in (search.Intra, search.MaxSim, search.Reranked, lexical.BM25, lexical.TfIdf, reference.Random):
@@ -245,7 +252,7 @@ def test_lexical_methods_need_the_dataset_only(model: Path, ledger: str, tmp_pat
     monkeypatch.setattr(backbones, "load", lambda *_, **__: pytest.fail("no backbone is needed"))
     records = json.loads(Path(evaluate.run(config)).read_text())
     assert {record["method"] for record in records} == {"bm25", "random"}
-    assert {record["metric"] for record in records} == set(metrics.names([5, 10]))
+    assert {record["metric"] for record in records} == {*metrics.names([5, 10]), *ANSWER_RECALL}
 
 
 def test_what_is_missing_is_named(model: Path, ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,19 +270,71 @@ def test_what_is_missing_is_named(model: Path, ledger: str, tmp_path: Path, caps
     assert not (tmp_path / "results").exists()
 
 
-def test_a_bad_ranking_stops_the_evaluation(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from intra.baselines import lexical
+def test_methods_that_fail_are_named_and_leave_the_others(
+    model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too few chunks, a doubled one, an unknown id, a NaN, a crash, a wrapper of a method that failed; then all is mended."""
+    from intra.baselines import dense, lexical, reference
+    from tests.baselines.conftest import SIZES, saved
 
-    config = settings(tmp_path, model, ledger, methods=["bm25"], answers=False)
+    values = settings(tmp_path / "run", model, ledger, answers=False).model_dump()
+    values["evaluate"] |= {
+        "methods": ["bm25", "tfidf", "random", "oracle", "crash", "rrf", "tiny"],
+        "models": {
+            "tiny": tiny_dense(saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)),
+            "crash": {"kind": "rerank", "of": "tiny", "by": "tiny", "depth": 12},
+            "rrf": {"kind": "fusion", "of": ["tiny", "bm25"], "depth": 12},
+        },
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(values))
+    config = configuration.load(file)
     prepare.run(config)
-    question = read_questions(lineage.dataset(config).url, "test")[0]
-    good = lexical.BM25.search
-    monkeypatch.setattr(
-        lexical.BM25, "search", lambda self, questions, k: {**good(self, questions, k), question.question_id: [("c", 1.0)] * 10}
-    )
-    with pytest.raises(WorkflowError, match=f"method bm25, question {question.question_id}: a chunk is ranked twice"):
-        evaluate.run(config)
+    first = read_questions(lineage.dataset(config).url, "test")[0].question_id
+
+    def spoilt(kind: type[Any], spoil: Any) -> None:
+        good = kind.search
+        patch.setattr(kind, "search", lambda self, questions, k: {**(found := good(self, questions, k)), first: spoil(found[first])})
+
+    def crash(*_: Any) -> Any:
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        spoilt(lexical.BM25, lambda ranking: ranking[:-1])
+        spoilt(lexical.TfIdf, lambda ranking: [ranking[0], *ranking[:-1]])
+        spoilt(reference.Random, lambda ranking: [("nowhere", 2.0), *ranking[:-1]])
+        spoilt(reference.Oracle, lambda ranking: [*ranking[:-1], (ranking[-1][0], float("nan"))])
+        patch.setattr(dense.Dense, "scores", crash)
+        assert cli.main("", evaluate.plan, evaluate.run, ["--config", str(file)]) == 1
+    out, error = capsys.readouterr()
+    last = error.splitlines()[-1]
+    for name, reason in [
+        ("bm25", f"method bm25, question {first}: 11 chunks where 12 were asked for"),
+        ("tfidf", f"method tfidf, question {first}: a chunk is ranked twice"),
+        ("random", f"method random, question {first}: 'nowhere' is no chunk of the pool"),
+        ("oracle", f"method oracle, question {first}: a score is not a number"),
+        ("crash", "RuntimeError: boom"),
+        ("rrf", "its part bm25 failed"),
+    ]:
+        assert f"method {name} failed: {reason}" in last
+        assert f"error: method {name} failed: {reason}" in error
+    assert "the other methods' results are written; run the same command again" in last
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("synthetic ")] == ["tiny"]
+    place = Path(config.root, "results", "results.json")
+    before = [record for record in json.loads(place.read_text()) if record["method"] == "tiny"]
+    assert before
     assert not lineage.results(config).complete()
+
+    monkeypatch.setattr(dense.Dense, "search", crash)  # of `tiny`, which is done
+    assert cli.main("", evaluate.plan, evaluate.run, ["--config", str(file)]) == 0
+    records = json.loads(place.read_text())
+    assert list(dict.fromkeys(record["method"] for record in records)) == values["evaluate"]["methods"]
+    assert [record for record in records if record["method"] == "tiny"] == before
+    assert [record for record in records if record["method"] == "crash"] == [{**record, "method": "crash"} for record in before]
+
+
+def tiny_dense(folder: Path) -> dict[str, Any]:
+    return {"kind": "dense", "model": str(folder), "pooling": "mean", "max_length": 64}
 
 
 def test_on_s3(s3_root: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

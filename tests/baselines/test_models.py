@@ -1,0 +1,216 @@
+"""The paper's models on tiny ones of the same classes: late interaction, cross-encoder, Qwen3 with its instruction, the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from intra import config as configuration
+from intra.artifact import Artifact
+from intra.baselines import dense, models, wrappers
+from intra.baselines.corpus import Corpus
+from intra.data.schema import Pool, Question
+from intra.errors import UserError
+from intra.evaluate_config import CODE_OF, MODELS, CrossConfig, DenseConfig, LateConfig
+from intra.method import Ranking, check
+
+
+def late(root: Path, model: Path, shard_chunks: int = 16, **values: Any) -> dense.Late:
+    chosen = LateConfig.model_validate(
+        {"kind": "late", "model": str(model), "max_length": 12, "query_length": 10, "batch_size": 8, **values}
+    )
+    place = Artifact("vectors", str(root / "vectors"), "mark", "evaluate")
+    return dense.Late("tiny", lambda pool: Corpus("tiny", place, pool, lambda: models.Late("tiny", chosen, "cpu", 1), shard_chunks, True))
+
+
+def by_id(ranking: Ranking) -> dict[str, float]:
+    return dict(ranking)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_late_interaction_is_the_librarys_maxsim(
+    request: pytest.FixtureRequest, pool: Pool, questions: list[Question], tmp_path: Path, trained: bool
+) -> None:
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.multi_vector_encoder import modules
+    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+    from sentence_transformers.util.similarity import maxsim
+
+    place = request.getfixturevalue("colbert" if trained else "bert")
+    if trained:
+        model = MultiVectorEncoder(str(place), device="cpu")
+        model[0].document_length, model[0].query_length = 12, 10
+    else:
+        encoder = Transformer(str(place), query_length=10, document_length=12)
+        model = MultiVectorEncoder(
+            modules=[encoder, modules.MultiVectorMask(), Normalize(module_input_name="token_embeddings")], device="cpu"
+        )
+    expected = maxsim(model.encode_query([q.question for q in questions]), model.encode_document(pool.title_and_text()))
+    method = late(tmp_path / "a", place, projection=trained)
+    method.index(pool)
+    rankings = method.search(questions, 70)
+    check("tiny", rankings, questions, 70, pool)
+    for question, row in zip(questions, expected.tolist(), strict=True):
+        found = by_id(rankings[question.question_id])
+        assert [found[chunk] for chunk in pool.chunk_ids] == pytest.approx(row, abs=5e-3)  # kept in float16
+    top = {key: [chunk for chunk, _ in ranking[:20]] for key, ranking in rankings.items()}
+    # A wrapper's scores of chosen chunks are the search's; and no ranking depends on shards or batches.
+    chosen = {key: list(reversed(chunks)) for key, chunks in top.items()}
+    scores = method.scores(questions, chosen)
+    assert all(scores[key] == pytest.approx([by_id(rankings[key])[chunk] for chunk in chunks]) for key, chunks in chosen.items())
+    other = late(tmp_path / "b", place, 23, projection=trained, batch_size=3)
+    other.index(pool)
+    assert {key: [chunk for chunk, _ in ranking] for key, ranking in other.search(questions, 20).items()} == top
+
+
+def test_an_encoder_without_a_projection_is_no_late_interaction_model(bert: Path) -> None:
+    chosen = LateConfig(kind="late", model=str(bert), max_length=12)
+    with pytest.raises(UserError, match=r"holds no projection trained for late interaction; .* projection=false"):
+        models.Late("tiny", chosen, "cpu", 1)
+
+
+def test_query_expansion_has_the_length_of_the_table(tmp_path: Path, colbert: Path) -> None:
+    shutil.copytree(colbert, tmp_path / "copy")
+    file = tmp_path / "copy" / "sentence_bert_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"query_expansion": {"strategy": "fixed", "attend": False, "length": 32}}))
+    model = models.Late("tiny", LateConfig(kind="late", model=str(tmp_path / "copy"), max_length=12, query_length=20), "cpu", 1)
+    assert [len(vectors) for vectors in model.questions(["who", "where was ada bell born"])] == [20, 20]
+
+
+def test_a_cross_encoder_reranks_as_the_library_does(cross: Path, pool: Pool, questions: list[Question]) -> None:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    chosen = CrossConfig(kind="cross", model=str(cross), max_length=64, batch_size=7)
+    first = {question.question_id: [(chunk, 1.0 / n) for n, chunk in enumerate(pool.chunk_ids[:30], 1)] for question in questions}
+    method = wrappers.Rerank("rerank", lambda: first, wrappers.CrossScorer("tiny", lambda: models.Cross("tiny", chosen, "cpu", 1)))
+    method.index(pool)
+    rankings = method.search(questions, 12)
+    check("rerank", rankings, questions, 12, pool)
+    library, texts = CrossEncoder(str(cross), device="cpu", num_labels=1), pool.title_and_text()[:30]
+    for question in questions:
+        scores = library.predict([(question.question, text) for text in texts], activation_fn=torch.nn.Identity()).tolist()
+        expected = sorted(zip(pool.chunk_ids, scores, strict=False), key=lambda pair: (-pair[1], pair[0]))[:12]
+        assert [score for _, score in rankings[question.question_id]] == pytest.approx([score for _, score in expected], abs=1e-5)
+
+
+def test_qwen_pools_the_last_token_behind_its_instruction(qwen: Path, pool: Pool, questions: list[Question]) -> None:
+    """Against the model itself, one text at a time, without padding."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    chosen = DenseConfig(kind="dense", model=str(qwen), pooling="lasttoken", query_prompt="instruct query ", max_length=64, batch_size=8)
+    encoder = models.Dense("tiny", chosen, "cpu", 1)
+    tokenizer, model = AutoTokenizer.from_pretrained(qwen), AutoModel.from_pretrained(qwen).eval()
+
+    def plain(text: str) -> Any:
+        with torch.no_grad():
+            last = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0, -1]
+        return torch.nn.functional.normalize(last, dim=0).numpy()
+
+    texts = pool.title_and_text()[:20]
+    assert encoder.passages(texts)[0] == pytest.approx(np.stack([plain(text) for text in texts]), abs=1e-5)
+    asked = [question.question for question in questions]
+    assert np.concatenate(encoder.questions(asked)) == pytest.approx(
+        np.stack([plain(f"instruct query {text}") for text in asked]), abs=1e-5
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ranx") is None, reason="ranx is a development dependency")
+def test_fusion_is_ranx() -> None:
+    generator = np.random.default_rng(0)
+    rankings: list[Ranking] = []
+    for _ in range(3):
+        ids = [f"c{number:02d}" for number in generator.permutation(40)[: int(generator.integers(10, 30))]]
+        rankings.append([(chunk, float(-rank)) for rank, chunk in enumerate(ids)])
+    code = (
+        "import json, sys\nfrom ranx import Run, fuse\nruns = [Run({'q': dict(pairs)}) for pairs in json.load(sys.stdin)]\n"
+        "print(json.dumps(fuse(runs, norm=None, method='rrf', params={'k': 60}).to_dict()['q']))"
+    )
+    # Without numba's compiler, which takes minutes for what is done once here.
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], input=json.dumps(rankings), env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = wrappers.fuse(rankings, 60, 100)
+    assert dict(found) == pytest.approx(json.loads(run.stdout))
+    assert found == sorted(found, key=lambda pair: (-pair[1], pair[0]))
+    assert wrappers.fuse(rankings, 60, 5) == found[:5]
+
+
+def test_a_fusion_reads_its_parts_rankings(questions: list[Question], pool: Pool) -> None:
+    parts: list[Any] = [
+        {q.question_id: [("c001", 1.0), ("c002", 0.5)] for q in questions},
+        {q.question_id: [("c002", 9.0)] for q in questions},
+    ]
+    method = wrappers.Fusion("hybrid", lambda: parts, 60)
+    method.index(pool)
+    assert method.search(questions[:1], 2) == {"q0": [("c002", pytest.approx(1 / 61 + 1 / 62)), ("c001", pytest.approx(1 / 61))]}
+
+
+def test_code_of_a_repository_runs_only_where_it_is_allowed(cross: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="remote_code is for jinaai/jina-reranker-v2-base-multilingual only, not for 'org/name'"):
+        CrossConfig(kind="cross", model="org/name", max_length=64, remote_code=True)
+    shutil.copytree(cross, tmp_path / "copy")
+    file = tmp_path / "copy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "other/repository--file.Class"}}))
+    with pytest.raises(UserError, match="takes code from another repository"):
+        models._check_code("tiny", tmp_path / "copy")
+    table = yaml.safe_load(MODELS.read_text())
+    assert {value["model"] for value in table.values() if value.get("remote_code")} == set(CODE_OF)
+
+
+NINE = ["tfidf", "bm25", "maxsim", "colbert", "bge_large", "qwen3_0_6b", "qwen3_4b", "qwen3_4b_jina", "hybrid"]
+
+
+def parse(methods: Sequence[str], **evaluate: Any) -> configuration.Config:
+    return configuration.parse({"root": "r", "evaluate": {"methods": list(methods), **evaluate}})
+
+
+def test_the_nine_are_in_the_table() -> None:
+    pinned = {name: {"revision": f"{n:040x}"} for n, name in enumerate(["colbert", "bge_large", "qwen3_0_6b", "qwen3_4b", "jina"])}
+    chosen = parse(NINE, models=pinned).evaluate
+    assert set(chosen.models) == {"colbert", "bge_large", "qwen3_0_6b", "qwen3_4b", "qwen3_4b_jina", "hybrid", "jina"}
+    assert chosen.depths() == {name: 100 if name in ("tfidf", "bm25", "bge_large", "qwen3_0_6b", "qwen3_4b") else 20 for name in NINE}
+    assert configuration.parse(configuration.parse({"root": "r", "evaluate": chosen.model_dump()}).model_dump()).evaluate == chosen
+    for name in pinned:
+        users = {"jina": "qwen3_4b_jina"}.get(name, name)
+        with pytest.raises(UserError, match=rf"evaluate\.models\.{name}\.revision is missing: .* is a hub id; set the commit"):
+            parse([users], models={key: value for key, value in pinned.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("methods", "table", "message"),
+    [
+        (["jina"], {"jina": {"revision": "0" * 40}}, "found 'jina'; name some of"),
+        (["a"], {"a": {"kind": "fusion", "of": ["b"]}, "b": {"kind": "fusion", "of": ["a"]}}, "it is made of itself"),
+        (["a"], {"a": {"kind": "fusion", "of": ["oracle"]}}, "found 'oracle'; name a method that searches"),
+        (["a"], {"a": {"kind": "fusion", "of": ["nothing"]}}, "found 'nothing'"),
+        (["a"], {"a": {"kind": "fusion", "of": ["bm25"], "depth": 15}}, "depth: found 15; 20 chunks are asked of it"),
+        (["a"], {"a": {"kind": "rerank", "of": "bm25", "by": "bm25"}}, r"a\.by: found 'bm25'; name a model"),
+        (["a"], {"a": {"kind": "rerank", "of": "b", "by": "minilm"}, "b": {"kind": "rerank", "of": "bm25", "by": "minilm", "depth": 50}},
+         r"b\.depth: found 50; 100 chunks"),
+        (["a"], {"a": {"kind": "rerank", "by": "minilm"}}, r"'evaluate\.models\.a\.of' is missing"),
+        (["a"], {"a": {"kind": "sparse"}}, "evaluate.models.a"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_table_are_named(methods: list[str], table: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(methods, models=table)
+
+
+def test_faiss_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"pip install 'intra\[cpu\]'"):
+        dense._faiss()
