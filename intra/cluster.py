@@ -68,8 +68,8 @@ def _reached(address: str) -> str:
 def _logical_cpus(config: Config | None) -> int:
     cpus = os.cpu_count() or 1
     if config is not None:
-        warmstart, store, train = config.backbone.warmstart, config.store, config.retriever.train
-        cpus = max(cpus, *(part.workers * part.threads for part in (warmstart, store, train)))
+        steps = (config.backbone.warmstart, config.store, config.retriever.train, config.evaluate)
+        cpus = max(cpus, *(part.workers * part.threads for part in steps))
     return cpus + 2
 
 

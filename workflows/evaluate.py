@@ -4,6 +4,7 @@
     python workflows/evaluate.py --config configs/quickstart.yaml evaluate.methods=[bm25,tfidf] evaluate.answers=false     # dataset only
     ray job submit --working-dir . -- python workflows/evaluate.py --config configs/paper.yaml root=s3://bucket/run
 
+With evaluate.workers > 1, or GPUs for them, Ray Data encodes the corpora of the baselines' models; their bytes do not depend on it.
 Reads the dataset, the chunk store (for answers and INTRA's methods) and the retriever; writes <root>/results/. Prints a table, and the
 path of results.json as its last line. A method that is done stays done: the same command goes on after an interruption.
 """
@@ -11,10 +12,17 @@ path of results.json as its last line. A method that is done stays done: the sam
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from intra import cli, lineage
+from intra import cli, cluster, lineage
 from intra.config import Config
+from intra.errors import UserError, WorkflowError
+from intra.evaluate_config import DenseConfig
 from intra.evaluation import run as evaluation
+
+if TYPE_CHECKING:
+    from intra.baselines.corpus import Corpus
 
 
 def plan(config: Config) -> list[str]:
@@ -40,8 +48,73 @@ def run(config: Config) -> str:
     """Makes the results unless they are complete, prints the table and the places. Returns the place of results.json."""
     artifact = lineage.results(config)
     if not artifact.complete():
+        if config.evaluate.workers > 1 or config.evaluate.gpus_per_worker > 0:
+            _encode(config)
         evaluation.make(config, artifact)
     return evaluation.publish(config, artifact)
+
+
+def _encode(config: Config) -> None:
+    """Makes the missing shards of the baselines' corpora on the cluster. The evaluation itself then finds them."""
+    from intra.baselines import tuning
+    from intra.data.schema import read_pool
+
+    url = lineage.dataset(config).url
+    pool, parts = read_pool(url), evaluation.Parts(config)
+    todo = []
+    for name in evaluation.encoded(config):
+        if missing := parts.corpus(name, pool).missing():
+            model = config.evaluate.models[name]
+            if isinstance(model, DenseConfig) and model.tune is not None:
+                tuning.folder(config, name)  # by one process, before many read it
+            todo += [{"name": name, "first": shard.start, "stop": shard.stop} for shard in missing]
+    if todo:
+        cluster.connect(config)
+        _on_cluster(config, url, todo)
+
+
+def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> None:
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+    from tqdm import tqdm
+
+    settings = config.evaluate
+    if settings.gpus_per_worker == 0 and settings.device not in ("auto", "cpu"):
+        raise UserError(f"evaluate.device={settings.device}, but evaluate.gpus_per_worker is 0; set it to 1, or set evaluate.device=cpu")
+    cluster.quiet_data()
+    rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
+        cluster.Stage,
+        fn_constructor_args=(EncodeShard, config.model_dump(), dataset),
+        compute=ActorPoolStrategy(min_size=1, max_size=min(settings.workers, len(todo)), max_tasks_in_flight_per_actor=2),
+        num_cpus=settings.threads,
+        num_gpus=settings.gpus_per_worker or None,
+    )
+    try:
+        with tqdm(total=len(todo), desc="encode for the baselines", unit="shard", disable=None) as bar:
+            for row in rows.iter_rows():
+                cluster.check(row, f"evaluate, {row['name']}, shard {row['first']:09d}")
+                bar.update()
+    except RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WorkflowError(f"evaluate: a worker was lost ({reason}); shards that are done are kept: run the same command again") from error
+
+
+class EncodeShard:
+    """In a worker: makes a shard of a baseline's corpus. The pool is read once; a model stays until another's shards come."""
+
+    def __init__(self, values: dict[str, Any], dataset: str) -> None:
+        from intra.config import parse
+        from intra.data.schema import read_pool
+
+        self._parts, self._pool = evaluation.Parts(parse(values)), read_pool(dataset)
+        self._corpus: Corpus | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if self._corpus is None or self._corpus.name != row["name"]:
+            self._corpus = self._parts.corpus(row["name"], self._pool)
+        self._corpus.encode(range(row["first"], row["stop"]))
+        return dict(row)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Tuner:
                 bar.update()
                 if len(self.curve) % self.recipe.checkpoint_every == 0:
                     self.save(training)
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, models.quiet():
             self.model[0].auto_model.save_pretrained(place)
             self.model.tokenizer.save_pretrained(place)
             storage.upload(place, artifact.url)
@@ -135,14 +135,14 @@ class Tuner:
         scores = (questions @ passages.T).float() / recipe.temperature
         loss = -(scores.log_softmax(dim=1) * gold).sum(dim=1).div(gold.sum(dim=1)).mean()
         if not torch.isfinite(loss):
-            raise WorkflowError(f"fine-tuning: the loss is {float(loss)} at step {done}; lower tune.learning_rate")
+            raise WorkflowError(f"fine-tuning: the loss is {float(loss.detach())} at step {done}; lower tune.learning_rate")
         for group in self._optimizer.param_groups:
             group["lr"] = recipe.learning_rate * self._rate(done)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
-        self.curve.append(float(loss))
+        self.curve.append(float(loss.detach()))
 
     def _rate(self, done: int) -> float:
         """Linear warm-up, then linear decay to 0."""

@@ -333,6 +333,28 @@ def test_methods_that_fail_are_named_and_leave_the_others(
     assert [record for record in records if record["method"] == "crash"] == [{**record, "method": "crash"} for record in before]
 
 
+def test_workers_encode_the_same_corpus(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray Data with two workers, and in this process: the same bytes, and the same results."""
+    from intra.baselines.corpus import Corpus
+    from tests.baselines.conftest import SIZES, saved
+
+    folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
+    made = {}
+    for workers in (2, 1):
+        config = settings(tmp_path / str(workers), model, ledger, methods=["tiny"], answers=False, models={"tiny": tiny_dense(folder)},
+                          shard_chunks=16, workers=workers, device="cpu")  # fmt: skip
+        prepare.run(config)
+        with monkeypatch.context() as patch:
+            if workers == 2:
+                patch.setattr(Corpus, "encode", lambda *_: pytest.fail("the workers have done it"))
+            place = evaluate.run(config)
+        vectors = lineage.vectors(config, "tiny")
+        made[workers] = {name: storage.read_bytes(vectors.path(name)) for name in storage.names(vectors.url)}
+        made[workers]["results"] = Path(place).read_bytes()
+    assert len(made[1]) == 4 + 2
+    assert made[1] == made[2]
+
+
 def tiny_dense(folder: Path) -> dict[str, Any]:
     return {"kind": "dense", "model": str(folder), "pooling": "mean", "max_length": 64}
 

@@ -1,0 +1,123 @@
+"""The supervised baseline: what it is trained on, that it learns, and that a run that was cut off ends in the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from intra import config as configuration
+from intra import lineage, storage
+from intra.artifact import Artifact
+from intra.baselines import models, tuning
+from intra.config import Config
+from intra.data.schema import Pool, Question, read_pool, read_questions, to_parquet
+from intra.errors import UserError, WorkflowError
+from intra.evaluate_config import DenseConfig
+from intra.retrieval.negatives import Example
+from tests.baselines.conftest import sentences
+from workflows import prepare
+
+RECIPE = {"steps": 30, "batch_size": 6, "hard_negatives": 2, "learning_rate": 5e-3, "warmup_steps": 3, "checkpoint_every": 10}
+
+
+def dense(model: Path, **tune: Any) -> DenseConfig:
+    return DenseConfig.model_validate(
+        {"kind": "dense", "model": str(model), "pooling": "mean", "max_length": 32, "tune": {**RECIPE, **tune}}
+    )
+
+
+def tuner(model: Path, pool: Pool, examples: list[Example], **tune: Any) -> tuning.Tuner:
+    settings = dense(model, **tune)
+    return tuning.Tuner(models.Dense("tiny", settings, "cpu", 1), settings, examples, pool, 0)
+
+
+def examples_of(pool: Pool) -> list[Example]:
+    """Questions that have nothing to do with their gold texts: what is found afterwards was learnt."""
+    return [
+        Example(f"q{row}", text, ((row,),), [], [(row + step) % 60 for step in range(1, 6)]) for row, text in enumerate(sentences(24, 5))
+    ]
+
+
+def recall(encoder: models.Dense, pool: Pool, examples: list[Example]) -> float:
+    scores = np.concatenate(encoder.questions([item.question for item in examples])) @ encoder.passages(pool.title_and_text()[:60])[0].T
+    return float(np.mean([scores[place].argmax() in item.positives for place, item in enumerate(examples)]))
+
+
+def test_it_learns_and_goes_on_to_the_same_weights(bert: Path, pool: Pool, tmp_path: Path) -> None:
+    examples = examples_of(pool)
+    before = recall(models.Dense("tiny", dense(bert), "cpu", 1), pool, examples)
+    artifact = Artifact("tuned", str(tmp_path / "a"), "mark", "evaluate")
+    tuner(bert, pool, examples).run(artifact, "tiny")
+    manifest = artifact.manifest()
+    assert (manifest["steps"], manifest["questions"]) == (30, 24)
+    assert not Path(f"{artifact.url}.training").exists()
+    after = recall(models.Dense("tiny", dense(bert), "cpu", 1, Path(artifact.url)), pool, examples)
+    assert before < 0.2 < 0.5 < after
+
+    half = tuner(bert, pool, examples)
+    for _ in range(17):  # cut off behind the checkpoint at 10
+        half.step()
+        if len(half.curve) == 10:
+            half.save(str(tmp_path / "b.training"))
+    again = Artifact("tuned", str(tmp_path / "b"), "mark", "evaluate")
+    tuner(bert, pool, examples).run(again, "tiny")
+    for name in ("model.safetensors", "curve.parquet"):
+        assert storage.read_bytes(again.path(name)) == storage.read_bytes(artifact.path(name))
+
+
+def test_every_weight_moves_and_a_broken_loss_stops(bert: Path, pool: Pool) -> None:
+    one = tuner(bert, pool, examples_of(pool))
+    before = {name: weight.clone() for name, weight in one.model.named_parameters()}
+    for _ in range(3):
+        one.step()
+    still = [name for name, weight in one.model.named_parameters() if bool((weight == before[name]).all()) and "pooler" not in name]
+    assert still == []
+    broken = tuner(bert, pool, examples_of(pool))
+    next(broken.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(WorkflowError, match=r"fine-tuning: the loss is .* lower tune\.learning_rate"):
+        broken.step()
+
+
+def test_the_negatives_are_the_retrievers(bert: Path, tmp_path: Path) -> None:
+    config = configuration.parse(
+        {
+            "root": str(tmp_path),
+            "data": {"synthetic": {"chunks": 60, "train_questions": 5, "test_questions": 5}},
+            "retriever": {"train": {"hard_negatives": 4, "bm25_negatives": 2, "bm25_skip": 1}},
+            "evaluate": {"methods": ["tiny"], "answers": False, "models": {"tiny": dense(bert).model_dump()}},
+        }
+    )
+    prepare.run(config)
+    url = lineage.dataset(config).url
+    questions, pool = read_questions(url, "train"), read_pool(url)
+    with pytest.raises(UserError, match=r"retriever .* is missing .*workflows/train\.py"):
+        tuning.examples(config, questions, pool)
+    leave(config, "initial", questions, list(range(20)))
+    leave(config, "bm25", questions, list(range(30, 50)))
+    for question, item in zip(questions, tuning.examples(config, questions, pool), strict=True):
+        gold = {pool.row_of[chunk] for group in question.gold for chunk in group}
+        assert item.positives == gold
+        assert list(item.hard) == [row for row in range(20) if row not in gold][:4] + [row for row in range(31, 50) if row not in gold][:2]
+    with pytest.raises(WorkflowError, match="no negatives of question other"):
+        tuning.examples(config, [*questions, Question("other", "b", "train", "?", ("x",), ((pool.chunk_ids[0],),), 1, "")], pool)
+    # Another recipe of the retriever leaves the fine-tuned weights as they are; other negatives do not.
+    same = {"train": {**config.retriever.train.model_dump(), "learning_rate": 0.5}}
+    other = {"train": {**config.retriever.train.model_dump(), "hard_negatives": 3}}
+    assert lineage.tuned(changed(config, same), "tiny") == lineage.tuned(config, "tiny")
+    assert lineage.tuned(changed(config, other), "tiny") != lineage.tuned(config, "tiny")
+
+
+def changed(config: Config, retriever: dict[str, Any]) -> Config:
+    return configuration.parse({**config.model_dump(), "retriever": {**config.retriever.model_dump(), **retriever}})
+
+
+def leave(config: Config, kind: str, questions: list[Question], rows: list[int]) -> None:
+    """What workflows/train.py leaves of the mined chunks."""
+    retriever = lineage.retriever(config)
+    table = pa.table({"question_id": [question.question_id for question in questions], "rows": [rows] * len(questions)})
+    storage.write_bytes(retriever.path(kind, "00000.parquet"), to_parquet(table))
+    retriever.finish({})
