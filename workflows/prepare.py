@@ -4,8 +4,9 @@
     python workflows/prepare.py --config configs/real.yaml data.path=DATA root=runs/real --dry-run
     ray job submit --working-dir . -- python workflows/prepare.py --config configs/paper.yaml root=s3://bucket/run data.path=s3://bucket/data
 
-Reads and tokenizes in `data.workers` processes: one, this one, without Ray; more with Ray Data. Their number changes no byte. The last
-line printed is the dataset's place. A dataset that is complete is left as it is.
+Files of the Hugging Face hub (`repo` in `data.files`) are fetched first, unless data.offline=true or HF_HUB_OFFLINE=1; see
+`intra.data.hub`. Reads and tokenizes in `data.workers` processes: one, this one, without Ray; more with Ray Data. Their number changes
+no byte. The last line printed is the dataset's place. A dataset that is complete is left as it is.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from typing import Any
 
 from intra import cli, cluster, lineage, storage, tracking
 from intra.config import Config
-from intra.data import pool, sources, stages, statistics
+from intra.data import hub, pool, sources, stages, statistics
 from intra.errors import WorkflowError
 
 
 def plan(config: Config) -> list[str]:
     """What exists and what would be made."""
+    missing = hub.missing(config.data)
+    if missing:
+        return [
+            "prepare: to be fetched into " + str(config.data.path),
+            *(f"  {entry.repo} at {entry.revision}: {entry.path}" for entry in missing),
+        ]
     artifact = lineage.dataset(config)
     if artifact.complete():
         manifest = artifact.manifest()
@@ -45,7 +52,9 @@ def plan(config: Config) -> list[str]:
 
 
 def run(config: Config) -> str:
-    """Makes the dataset unless it is complete. Returns its URL."""
+    """Fetches what files are missing, and makes the dataset unless it is complete. Returns its URL."""
+    for path in hub.fetch(config.data):
+        print(f"prepare: fetched {path}")
     artifact = lineage.dataset(config)
     if artifact.complete():
         return artifact.url

@@ -104,3 +104,17 @@ def test_two_processes_write_the_same_bytes(file: str, tmp_path: Path, monkeypat
     finally:
         if ours:
             ray.shutdown()
+
+
+def test_files_of_the_hub_are_planned_and_not_fetched_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"format": "dpr", "path": "nq.json", "benchmark": "nq", "split": "test", "repo": "org/set", "revision": "f" * 40}
+    path = tmp_path / "hub.yaml"
+    path.write_text(
+        yaml.safe_dump({"root": str(tmp_path / "root"), "data": {"source": "files", "path": str(tmp_path / "in"), "files": [entry]}})
+    )
+    call = ["--config", str(path), "data.offline=true"]
+    assert cli.main(prepare.__doc__, prepare.plan, prepare.run, [*call, "--dry-run"]) == 0
+    assert f"  org/set at {'f' * 40}: nq.json" in capsys.readouterr().out
+    assert cli.main(prepare.__doc__, prepare.plan, prepare.run, call) == 2
+    assert "configs/quickstart.yaml makes a synthetic world" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
