@@ -29,7 +29,7 @@ def plan(config: Config) -> list[str]:
     if missing:
         return [
             "prepare: to be fetched into " + str(config.data.path),
-            *(f"  {entry.repo} at {entry.revision}: {entry.path}" for entry in missing),
+            *(f"  {entry.repo} at {entry.revision or 'no pinned commit'}: {entry.path}" for entry in missing),
         ]
     artifact = lineage.dataset(config)
     if artifact.complete():

@@ -8,6 +8,7 @@ process.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ def fetch(data: DataConfig, endpoint: str | None = None) -> list[str]:
     for entry in wanted:
         if data.offline or _offline():
             raise UserError(
-                f"data.files: {entry.path} of {entry.repo} is not in {data.path} (commit {entry.revision}), and offline nothing is fetched "
+                f"data.files: {entry.path} of {entry.repo} is not in {data.path} (commit {entry.revision or 'not pinned'}), and offline nothing is fetched "
                 f"(data.offline, HF_HUB_OFFLINE); fetch it where there is a network and copy {data.path}, or, {WITHOUT}"
             )
         if not entry.revision or not _COMMIT.fullmatch(entry.revision):
@@ -64,7 +65,7 @@ def _fetch(data: DataConfig, entry: FileConfig, endpoint: str | None) -> str:
         disable_progress_bars()
     name = f"data.files: {entry.path} of {entry.repo} at {entry.revision}"
     url = _asked(entry, lambda hub: hub.hf_hub_url(entry.repo, entry.path, repo_type="dataset", revision=entry.revision, endpoint=endpoint))
-    about = _asked(entry, lambda hub: hub.get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=endpoint))
+    about = _about(entry, url, endpoint)
     if about.commit_hash != entry.revision:
         raise UserError(f"{name}: the hub answers with the commit {about.commit_hash}; set revision to the commit that is meant")
     checksum = str(about.etag)
@@ -100,6 +101,23 @@ def _fetch(data: DataConfig, entry: FileConfig, endpoint: str | None) -> str:
     record = {"repo": entry.repo, "revision": entry.revision, "sha256": sha256, "size": target.stat().st_size}
     storage.write_json(str(_record(data, entry)), record)
     return str(target)
+
+
+def _about(entry: FileConfig, url: str, endpoint: str | None) -> Any:
+    """What the hub says of a file (commit, ETag, size, location). Raises UserError with the names there are where it has no such file."""
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _asked(entry, lambda hub: get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=endpoint))
+    except UserError as error:
+        if not isinstance(error.__context__, EntryNotFoundError):
+            raise
+    names = _asked(
+        entry, lambda hub: hub.HfApi(endpoint=endpoint).list_repo_files(entry.repo, revision=entry.revision, repo_type="dataset")
+    )
+    near = difflib.get_close_matches(entry.path, names, n=5, cutoff=0.4) or names[:5]
+    raise UserError(f"data.files: {entry.path}: {entry.repo} at {entry.revision} has no such file; it has, for one, {', '.join(near)}")
 
 
 def _here(data: DataConfig, entry: FileConfig) -> bool:

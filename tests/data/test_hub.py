@@ -54,6 +54,9 @@ def handler(state: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             self.do_GET()
 
         def do_GET(self) -> None:
+            if self.path.startswith(f"/api/datasets/org/set/tree/{COMMIT}"):
+                tree = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in state.files]
+                return self.answer(200, {"Content-Type": "application/json"}, json.dumps(tree).encode())
             if self.path.startswith("/api/datasets/org/set"):
                 return self.answer(200, {"Content-Type": "application/json"}, json.dumps({"id": "org/set", "sha": COMMIT}).encode())
             if not self.path.startswith("/datasets/org/"):
@@ -186,7 +189,7 @@ def test_a_pinned_checksum_is_refused_before_the_download(server: Hub, tmp_path:
         ({"revision": "f" * 40}, "the hub has no such commit; mend revision"),
         ({"repo": "other/set"}, "the hub has no such data set"),
         ({"repo": "org/gated"}, "asks for its licence to be accepted"),
-        ({"path": "absent.jsonl"}, "the data set has no such file; mend path"),
+        ({"path": "bag.jsonl"}, "org/set at .* has no such file; it has, for one, big.jsonl"),
     ],
 )
 def test_what_the_hub_does_not_have(server: Hub, tmp_path: Path, entry: dict[str, str], found: str) -> None:
