@@ -206,7 +206,7 @@ def test_another_commit_than_asked_for(server: Hub, tmp_path: Path) -> None:
 
 
 def test_offline_and_unreachable(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    why = r"big.jsonl of org/set is not in .*offline nothing is fetched .*configs/quickstart.yaml makes a synthetic world"
+    why = r"big.jsonl of org/set .commit .* is not in .*offline nothing is fetched .*configs/quickstart.yaml makes a synthetic world"
     with pytest.raises(UserError, match=why):
         hub.fetch(config(tmp_path, offline=True), server.url)
     assert server.asked == []
