@@ -47,8 +47,8 @@ def fetch(data: DataConfig, endpoint: str | None = None) -> list[str]:
     for entry in wanted:
         if data.offline or _offline():
             raise UserError(
-                f"data.files: {entry.path} of {entry.repo} (commit {entry.revision or 'not pinned'}) is not in {data.path}, and offline nothing "
-                f"is fetched (data.offline, HF_HUB_OFFLINE); fetch it where there is a network and copy {data.path}, or, {WITHOUT}"
+                f"data.files: {entry.path} of {entry.repo} (commit {entry.revision or 'not pinned'}) is not in {data.path}, and offline "
+                f"nothing is fetched (data.offline, HF_HUB_OFFLINE); fetch it where there is a network and copy {data.path}, or, {WITHOUT}"
             )
         if not entry.revision or not _COMMIT.fullmatch(entry.revision):
             found = f"'{entry.revision}' is no commit" if entry.revision else "no revision is set"
