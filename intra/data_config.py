@@ -85,6 +85,8 @@ class DataConfig(Section):
             raise ValueError("data.template must contain {text}")
         if (self.source == "files") != bool(self.files):
             raise ValueError("data.files names the input files of data.source=files; set both or neither")
+        if self.files and self.benchmarks is not None:
+            raise ValueError("data.benchmarks chooses among the files of data.source=jsonl; with data.source=files remove it")
         if sum(limit is not None for limit in (self.pool_limit, self.pool_chunks, self.pool_tokens)) > 1:
             raise ValueError("data.pool_limit, data.pool_chunks and data.pool_tokens: set one of them")
         return self
