@@ -75,7 +75,8 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
     read = choice.load(scans, work, [sources.own_ids(data, part) for part in range(count)], data.deduplicate, mistakes)
     questions = unique((question for scan in scans for question in _questions(work, scan)), mistakes)
     questions = check(read, choice.resolve_titles(questions, read, mistakes), needs_answers(config), mistakes)
-    asked = limit_questions(fair(questions, data), data.question_limit, config.seed)
+    asked, questions_read = limit_questions(fair(questions, data), data.question_limit, config.seed), len(questions)
+    del questions
     groups = _equivalence(sources.equivalents(data), read)
     if sources.digests(data) != digests:
         raise WorkflowError(f"{data.path}: a file changed while it was read; run the same command again")
@@ -91,7 +92,7 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
         pool = chopper.budgeted(gold, wanted) if data.pool_chunks or data.pool_tokens else chopper.all(wanted)
         table, passage = _in_order(pool)
         asked_chunks = with_gold_chunks(asked, _pieces(read, table, passage, asked, groups), groups)
-        described = statistics.describe(table, passage, asked_chunks, read.read, len(questions))
+        described = statistics.describe(table, passage, asked_chunks, read.read, questions_read)
         described["checks"] = checks.run(table, asked_chunks, config.evaluate.k)
         described["input"] = {"mistakes": mistakes.count, "left_out": dict(sorted(mistakes.left_out.items())),
                               "duplicates": int(len(read) - len(read.distinct()))}  # fmt: skip
@@ -128,7 +129,7 @@ def needs_answers(config: Config) -> set[str]:
 
 
 def check(read: Candidates, questions: Sequence[RawQuestion], answered: set[str], mistakes: Mistakes) -> list[RawQuestion]:
-    """The questions, with the ids of the passages that stand for their gold ones.
+    """The questions, with the ids of the passages that stand for their gold ones and no longer with where they were read.
 
     Mistakes, of which each costs its question: a gold id without its passage, no gold passage, no answer in a split that needs one.
     """
@@ -136,6 +137,7 @@ def check(read: Candidates, questions: Sequence[RawQuestion], answered: set[str]
     ends = np.cumsum([len(question.gold_ids) for question in questions]).tolist()
     names = read.ids.take(pa.array(read.canonical[np.maximum(rows, 0)]))
     sound = []
+    one: dict[str, str] = {}  # half a million questions share their evidence, and here its names
     for question, end in zip(questions, ends, strict=True):
         where = f"{question.where or question.benchmark}: question '{question.question_id}'"
         start = end - len(question.gold_ids)
@@ -150,7 +152,8 @@ def check(read: Candidates, questions: Sequence[RawQuestion], answered: set[str]
         except UserError as error:
             mistakes.add(error)
             continue
-        sound.append(replace(question, gold_ids=tuple(dict.fromkeys(names[start:end].to_pylist()))))
+        gold_ids = tuple(dict.fromkeys(one.setdefault(name, name) for name in names[start:end].to_pylist()))
+        sound.append(replace(question, gold_ids=gold_ids, where=""))
     return sound
 
 
