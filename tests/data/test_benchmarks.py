@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from intra import storage
-from intra.data import sources
+from intra.artifact import Artifact
+from intra.data import pool, sources
 from intra.data.raw import Mistakes, Passage, RawQuestion
 from intra.data_config import DataConfig
 from intra.errors import UserError
 from tests.data import formats
+from tests.data.conftest import make
 from tests.data.formats import RECORDS, text_of, write, write_parquet
 
 QUESTIONLESS = ("psgs", "parquet", "passages")
@@ -145,6 +147,17 @@ def test_beir_as_one_of_several_files(beir_folder: Path) -> None:
     assert (passages[0].passage_id, passages[0].source) == ("nq/p1", "brenn")
     assert [(q.question_id, q.gold_ids, q.benchmark) for q in questions] == [("nq/q2", ("nq/p3",), "nq"), ("nq/q3", ("nq/p5",), "nq")]
     assert set(sources.digests(data)) == {"brenn/corpus.jsonl", "brenn/queries.jsonl", "brenn/qrels/test.tsv"}
+
+
+def test_both_splits_of_a_beir_folder_share_its_passages(beir_folder: Path, tmp_path: Path, artifact: Artifact) -> None:
+    entries = [{"format": "beir", "path": "brenn", "benchmark": "nq", "split": split} for split in ("train", "test")]
+    manifest = pool.build(make(beir_folder.parent, tmp_path, source="files", files=entries, chunk_tokens=500), artifact)
+    assert (manifest["passages"], manifest["questions"]) == (6, {"nq": {"train": 1, "test": 2}})
+    other = [*entries, {"format": "beir", "path": "copy", "benchmark": "nq"}]
+    (beir_folder.parent / "copy").mkdir()
+    (beir_folder.parent / "copy" / "corpus.jsonl").write_bytes((beir_folder / "corpus.jsonl").read_bytes())
+    with pytest.raises(UserError, match=r"copy/corpus.jsonl:1: passage id 'nq/p1' stands already at .*brenn/corpus.jsonl:1"):
+        pool.build(make(beir_folder.parent, tmp_path, source="files", files=other, chunk_tokens=500), artifact)
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
