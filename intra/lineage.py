@@ -16,6 +16,9 @@ until then these functions raise UserError naming what is missing.
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 from intra import storage
 from intra.artifact import Artifact, fingerprint
 from intra.backbone import locate
@@ -126,60 +129,81 @@ def weights(config: Config, name: str) -> str:
     return models.digest(name, settings)
 
 
-def vectors(config: Config, name: str) -> Artifact:
+class Marks:
+    """What the fingerprints of all methods share, looked up once: each look reads manifests, on S3 perhaps."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return dataset(self._config).manifest()
+
+    @cached_property
+    def store(self) -> str:
+        return store(self._config).fingerprint
+
+    @cached_property
+    def retriever(self) -> str:
+        return retriever(self._config).fingerprint
+
+
+def vectors(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     """The pool as the dense or late baseline `name` encodes it."""
-    settings = config.evaluate.models[name]
+    settings, facts = config.evaluate.models[name], (marks or Marks(config)).facts
     return _artifact(
         config,
         "vectors",
         "evaluate",
-        {"weights": weights(config, name), "pool": dataset(config).manifest()["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks,
+        {"weights": weights(config, name), "pool": facts["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks,
          "settings": settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune"})},
     )  # fmt: skip
 
 
-def ranking(config: Config, name: str) -> Artifact:
+def ranking(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     """A method's ranking of the test questions."""
-    facts = dataset(config).manifest()
+    marks = marks or Marks(config)
     return _artifact(
         config,
         "ranking",
         "evaluate",
-        {"method": name, "pool": facts["pool_sha256"], "questions": facts["questions_sha256"], "depth": config.evaluate.depths()[name],
-         "made_of": _made_of(config, name)},
+        {"method": name, "pool": marks.facts["pool_sha256"], "questions": marks.facts["questions_sha256"],
+         "depth": config.evaluate.depths()[name], "made_of": _made_of(config, name, marks)},
     )  # fmt: skip
 
 
-def _made_of(config: Config, name: str) -> object:
+def _made_of(config: Config, name: str, marks: Marks) -> object:
     model = config.evaluate.models.get(name)
     if isinstance(model, FusionConfig):
-        return [model.model_dump(), [ranking(config, part).fingerprint for part in model.of]]
+        return [model.model_dump(), [ranking(config, part, marks).fingerprint for part in model.of]]
     if isinstance(model, RerankConfig):
         by = config.evaluate.models[model.by]
         scorer = [weights(config, model.by), by.model_dump(exclude={"model", "revision", "tune"})]
-        return [model.model_dump(), ranking(config, model.of).fingerprint, scorer]
+        return [model.model_dump(), ranking(config, model.of, marks).fingerprint, scorer]
     if model is not None:
-        return [vectors(config, name).fingerprint, model.model_dump(include={"query_prompt", "query_length"})]
+        return [vectors(config, name, marks).fingerprint, model.model_dump(include={"query_prompt", "query_length"})]
     if name in ("intra", "maxsim", "s0_reranked"):
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
-        return [store(config).fingerprint, retriever(config).fingerprint, config.backbone.prompt, answer]
+        return [marks.store, marks.retriever, config.backbone.prompt, answer]
     return [config.evaluate.bm25.model_dump()] if name == "bm25" else [config.seed] if name in ("random", "oracle") else []
 
 
-def answers(config: Config, name: str) -> Artifact:
+def answers(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     """The answers read from a method's first chunks."""
+    marks = marks or Marks(config)
     return _artifact(
         config,
         "answers",
         "evaluate",
-        {"ranking": ranking(config, name).fingerprint, "store": store(config).fingerprint, "size": config.retriever.answer_size,
+        {"ranking": ranking(config, name, marks).fingerprint, "store": marks.store, "size": config.retriever.answer_size,
          "prompt": config.backbone.prompt, "answer_tokens": config.backbone.answer_tokens},
     )  # fmt: skip
 
 
 def results(config: Config) -> Artifact:
+    marks = Marks(config)
     judged = {
-        name: [ranking(config, name).fingerprint, answers(config, name).fingerprint if config.evaluate.answers else None]
+        name: [ranking(config, name, marks).fingerprint, answers(config, name, marks).fingerprint if config.evaluate.answers else None]
         for name in config.evaluate.methods
     }
     settings = config.evaluate.model_dump(include={"k", "bootstrap", "permutations"})

@@ -34,8 +34,9 @@ def plan(config: Config) -> list[str]:
     if artifact.complete():
         return [f"evaluate: results {artifact.url} are complete ({', '.join(names)})"]
     questions = sum(splits.get("test", 0) for splits in dataset.manifest()["questions"].values())
+    marks = lineage.Marks(config)
     kinds = (lineage.ranking, lineage.answers) if config.evaluate.answers else (lineage.ranking,)
-    done = [name for name in names if all(kind(config, name).complete() for kind in kinds)]
+    done = [name for name in names if all(kind(config, name, marks).complete() for kind in kinds)]
     answers = f"answers from {config.retriever.answer_size} chunks each" if config.evaluate.answers else "no answers"
     lines = [
         f"evaluate: results {artifact.url}: {questions:,} questions, {answers}, by {', '.join(names)}; done: {', '.join(done) or 'none'}"

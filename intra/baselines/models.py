@@ -7,6 +7,7 @@ bi-encoder does with a text - prompt, pooling, normalisation, longest text - is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -31,10 +32,18 @@ def digest(name: str, settings: ModelConfig) -> str:
     """What stands for the weights in a fingerprint: the commit of a hub id, else the SHA-256 of the files' names and bytes."""
     if settings.revision is not None:
         return f"{settings.model}@{settings.revision}"
-    place, total = folder(name, settings), hashlib.sha256()
-    for path in sorted({path for pattern in _FILES for path in place.glob(pattern)}):
-        total.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
+    place = folder(name, settings)
+    files = sorted({path for pattern in _FILES for path in place.glob(pattern)})
+    return _hash(place, tuple((str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.lru_cache(maxsize=32)
+def _hash(place: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    # Cached by size and time of every file: the fingerprints of several methods ask for it.
+    total = hashlib.sha256()
+    for name, size, _ in state:
+        total.update(f"{name}\0{size}\0".encode())
+        with (place / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 

@@ -259,6 +259,7 @@ class Searches:
         self.parts = parts
         self.questions = questions
         self.pool = pool
+        self.marks = lineage.Marks(parts.config)
         self._depths = parts.config.evaluate.depths()
         self._known: dict[str, Rankings] = {}
         self._failures: dict[str, Exception] = {}
@@ -277,7 +278,7 @@ class Searches:
 
     def cost(self, name: str) -> dict[str, float]:
         """Seconds that the method's own index and search took, when they were made."""
-        facts = lineage.ranking(self.parts.config, name).manifest()
+        facts = lineage.ranking(self.parts.config, name, self.marks).manifest()
         return {key: facts[key] for key in ("index_seconds", "search_seconds")}
 
     @property
@@ -305,7 +306,7 @@ class Searches:
         raise kind(f"{text}; " + ("the other methods' results are written; " if others else "") + "run the same command again")
 
     def _ranking(self, name: str) -> Rankings:
-        artifact, depth = lineage.ranking(self.parts.config, name), min(self._depths[name], len(self.pool))
+        artifact, depth = lineage.ranking(self.parts.config, name, self.marks), min(self._depths[name], len(self.pool))
         if artifact.complete():
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
@@ -337,7 +338,7 @@ def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outc
     seconds = searches.cost(name)
     if reader is None:
         return outcome, seconds
-    artifact = lineage.answers(config, name)
+    artifact = lineage.answers(config, name, searches.marks)
     if artifact.complete():
         rows = pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(ANSWERS)))).to_pylist()
         outcome.answers = {row["question_id"]: row["answer"] for row in rows}
