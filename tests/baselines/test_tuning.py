@@ -17,6 +17,7 @@ from intra.config import Config
 from intra.data.schema import Pool, Question, read_pool, read_questions, to_parquet
 from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import DenseConfig
+from intra.evaluation.run import Parts
 from intra.retrieval.negatives import Example
 from tests.baselines.conftest import sentences
 from workflows import prepare
@@ -88,7 +89,7 @@ def test_the_negatives_are_the_retrievers(bert: Path, tmp_path: Path) -> None:
             "root": str(tmp_path),
             "data": {"synthetic": {"chunks": 60, "train_questions": 5, "test_questions": 5}},
             "retriever": {"train": {"hard_negatives": 4, "bm25_negatives": 2, "bm25_skip": 1}},
-            "evaluate": {"methods": ["tiny"], "answers": False, "models": {"tiny": dense(bert).model_dump()}},
+            "evaluate": {"methods": ["tiny"], "answers": False, "models": {"tiny": dense(bert, steps=2).model_dump()}, "device": "cpu"},
         }
     )
     prepare.run(config)
@@ -102,6 +103,11 @@ def test_the_negatives_are_the_retrievers(bert: Path, tmp_path: Path) -> None:
         gold = {pool.row_of[chunk] for group in question.gold for chunk in group}
         assert item.positives == gold
         assert list(item.hard) == [row for row in range(20) if row not in gold][:4] + [row for row in range(31, 50) if row not in gold][:2]
+    corpus = Parts(config).corpus("tiny", pool)
+    corpus.complete()  # fine-tunes, and encodes with what came out
+    tuned = models.Dense("tiny", lineage.dense(config, "tiny"), "cpu", 1, Path(lineage.tuned(config, "tiny").url))
+    assert corpus.encoder.questions(["red moon"])[0] == pytest.approx(tuned.questions(["red moon"])[0])
+    assert not np.allclose(tuned.questions(["red moon"])[0], models.Dense("tiny", dense(bert), "cpu", 1).questions(["red moon"])[0])
     with pytest.raises(WorkflowError, match="no negatives of question other"):
         tuning.examples(config, [*questions, Question("other", "b", "train", "?", ("x",), ((pool.chunk_ids[0],),), 1, "")], pool)
     # Another recipe of the retriever leaves the fine-tuned weights as they are; other negatives do not.
