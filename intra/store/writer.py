@@ -262,7 +262,7 @@ def encode(
 def _encoded(
     backbone: Backbone, ids: Sequence[Sequence[int]], lengths: Sequence[int], batch_tokens: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batch by batch: its places, their states one after the other [sum n, d], and padded with 0 [B, T, d]; the model's dtype and device."""
+    """By batch: places, their states one after the other [sum n, d], and padded with 0 [B, T, d]; the model's dtype and device."""
     for batch in batches(lengths, batch_tokens):
         with torch.no_grad():
             padded, mask = backbone.states([ids[place] for place in batch])

@@ -141,7 +141,7 @@ def test_another_number_of_tokens_than_the_dataset_states_is_an_error(pool_url: 
 def test_a_backbone_with_other_files_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(writer.locate, "digest", lambda model, revision: "a" * 64)
     source = writer.Source("org/model", None, "b" * 64, "float32", "cpu", 1)
-    with pytest.raises(WorkflowError, match="backbone org/model: its files on .* have the digest aaaa"):
+    with pytest.raises(WorkflowError, match=r"backbone org/model: its files on .* have the digest aaaa"):
         writer.EncodeCommit(Artifact("store", str(tmp_path), "x", "encode"), source, POOLED, 64, "float32")
 
 
