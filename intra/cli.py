@@ -1,6 +1,6 @@
 """The command line that every workflow shares.
 
-    python workflows/<name>.py --config FILE [section.key=value ...] [--dry-run]
+    python workflows/<name>.py --config FILE [section.key=value ...] [--dry-run] [--offline]
 
 Exit status: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. Errors are one line on stderr.
 """
@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. Errors are
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -43,9 +44,13 @@ def main(
     instead.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan; make nothing")
     for name, (function, text) in (others or {}).items():
         instead.add_argument(f"--{name}", dest="instead", action="store_const", const=function, help=text)
+    parser.add_argument("--offline", action="store_true", help="fetch nothing from the hub, data or weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     try:
         options = parser.parse_intermixed_args(arguments)
+        if options.offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is first imported, here and in Ray's workers
+            options.overrides.append("data.offline=true")
         config = configuration.load(options.config, options.overrides)
         if options.dry_run:
             print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def test_run_gets_the_configuration_and_its_result_is_the_last_line(file: str, c
 def test_options_may_stand_anywhere(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main("doc", lambda config: [], lambda config: config.seed, ["seed=3", "--config", file, "data.pool_limit=7"]) == 0
     assert capsys.readouterr().out == "3\n"
+
+
+def test_offline_holds_for_data_and_weights(file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert cli.main("doc", lambda config: [], lambda config: config.data.offline, ["--config", file, "--offline"]) == 0
+    assert capsys.readouterr().out == "True\n"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_dry_run_prints_configuration_and_plan_and_makes_nothing(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from intra import cli, lineage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
+from intra.data import hub
 from intra.evaluation import run as evaluation
+from workflows import prepare
 
 STEPS: dict[str, Callable[[Config], Artifact]] = {
     "prepare": lineage.dataset,
@@ -41,12 +43,15 @@ def first_open(config: Config) -> int:
 
 
 def plan(config: Config) -> list[str]:
-    """The plans of all steps, in order. Makes nothing."""
+    """The plans of all steps, in order; of the first alone where it has files to fetch. Makes nothing."""
+    if hub.missing(config.data):
+        return [*prepare.plan(config), "the other steps have their plans once these files are there"]
     return [line for name in STEPS for line in importlib.import_module(f"workflows.{name}").plan(config)]
 
 
 def run(config: Config) -> str:
     """Makes what is not complete, in order. Returns the place of results.json."""
+    prepare.fetch(config)
     names, start = steps(config), first_open(config)
     for name in names[:start]:
         print(f"{name}: complete", file=sys.stderr)

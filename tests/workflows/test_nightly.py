@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from intra import config as configuration
 from intra import storage
+from intra.errors import UserError
+from workflows import nightly as workflow
 
 PROJECT = Path(__file__).parents[2]
 SMALL = [
@@ -78,3 +81,15 @@ def test_the_plan_makes_nothing_and_shows_no_secret(tmp_path: Path, monkeypatch:
     assert plan[0].startswith("prepare: to be made")
     assert sum("waits for the dataset" in line for line in plan) == 3
     assert not (tmp_path / "root").exists()
+
+
+def test_files_of_the_hub_come_first(tmp_path: Path) -> None:
+    """Without them no step has a fingerprint: the plan names them, and a run fetches them before it asks for one."""
+    entry = {"format": "hotpotqa", "path": "dev.json", "benchmark": "hotpotqa", "split": "test", "repo": "org/set", "revision": "a" * 40}
+    values = {"root": str(tmp_path / "run"), "data": {"source": "files", "path": str(tmp_path), "files": [entry], "offline": True}}
+    config = configuration.parse(values)
+    fetched, others = workflow.plan(config)[1:]
+    assert fetched == f"  org/set at {'a' * 40}: dev.json"
+    assert others == "the other steps have their plans once these files are there"
+    with pytest.raises(UserError, match=r"dev.json of org/set .* offline nothing is fetched"):
+        workflow.run(config)
