@@ -67,7 +67,7 @@ def passes(backbone: Backbone, store: MemoryStore, retriever: Retriever) -> sear
 def test_every_method_gives_a_checked_ranking(passes: search.Passes, store: MemoryStore, questions: list[Question], k: int) -> None:
     for each in search.methods(passes):
         each.index(pool_of(store.chunk_ids))
-        method.check(each.name, each.search(questions, k), questions, k)
+        method.check(each.name, each.search(questions, k), questions, k, pool_of(store.chunk_ids))
 
 
 @each_scoring
@@ -141,7 +141,7 @@ def test_the_context_changes_the_scores_and_may_be_empty(backbone: Backbone, sto
         retriever = Retriever.initialise(backbone, settings(backbone, initial_context=n_0), seed=5)
         passes = search.Passes(backbone, store, retriever)  # type: ignore[arg-type]
         for each in search.methods(passes):
-            method.check(each.name, each.search(questions, 10), questions, 10)
+            method.check(each.name, each.search(questions, 10), questions, 10, pool_of(store.chunk_ids))
         raw.append(search.Intra(passes).raw(questions, 10))
     assert raw[0] != raw[1]
 
