@@ -296,8 +296,9 @@ def test_a_failing_shard_is_one_line_and_the_others_stay(
 ) -> None:
     import ray
 
+    wait_for_jobs(head)
     root = world.clone(str(tmp_path))
-    config = world.load(root, "store.shard_chunks=100", "store.workers=1")
+    config = world.load(root, "store.shard_chunks=64", "store.workers=1")
     dataset = lineage.dataset(config)
     table = schema.read_pool(dataset.url).table
     counts = table["n_tokens"].to_pylist()
@@ -319,7 +320,7 @@ def test_a_failing_shard_is_one_line_and_the_others_stay(
         kept = stamps(store.url, [name for name in storage.files(store.url) if name.startswith(STATES)])
         encode.run(config)
         assert stamps(store.url, list(kept)) == kept
-        assert len(ChunkStore(store.url).manifest["shards"]) == len(shards(CHUNKS, 100))
+        assert len(ChunkStore(store.url).manifest["shards"]) == len(shards(CHUNKS, 64))
     finally:
         if ours:
             ray.shutdown()
