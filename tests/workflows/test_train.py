@@ -119,14 +119,18 @@ def test_killed_and_run_again_with_two_workers_gives_the_bytes_of_one(prepared: 
 
     other = lineage.retriever(killed_config)
     checkpoints = storage.join(f"{other.url}.training", "checkpoints")
+
+    def kept() -> list[str]:  # not what is still being written
+        return [name for name in storage.names(checkpoints) if name.endswith(".safetensors")]
+
     victim = start(killed_file)
-    while victim.poll() is None and not storage.names(checkpoints):
+    while victim.poll() is None and not kept():
         time.sleep(0.02)
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
     assert not other.complete()
-    assert [name for name in storage.names(checkpoints) if name.endswith(".safetensors")]
+    assert kept()
     again = start(killed_file)
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
