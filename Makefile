@@ -5,7 +5,7 @@ BIN := .venv/bin
 SETUP := .venv/.complete
 ROOT ?= runs/quickstart
 
-.PHONY: setup quickstart ui test lint format clean
+.PHONY: setup quickstart ui test test-slow lint format clean
 
 setup: $(SETUP)
 
@@ -23,7 +23,10 @@ ui: $(SETUP)
 	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(ROOT)/mlflow/mlflow.db
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(SETUP)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -333,6 +333,7 @@ def test_methods_that_fail_are_named_and_leave_the_others(
     assert [record for record in records if record["method"] == "crash"] == [{**record, "method": "crash"} for record in before]
 
 
+@pytest.mark.slow
 def test_workers_encode_the_same_corpus(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Ray Data with two workers, and in this process: the same bytes, and the same results."""
     from intra.baselines.corpus import Corpus

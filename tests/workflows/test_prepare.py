@@ -81,6 +81,7 @@ def test_the_users_mistake_is_one_line_and_status_2(
     assert not [name for name in storage.files(str(tmp_path / "root")) if name.startswith("dataset/")]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -196,6 +196,7 @@ def test_a_terminal_sees_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_trains_a_tiny_model_on_two_workers(tmp_path: Path) -> None:
     """configs/paper.yaml as it stands but for sizes: sharded, bfloat16, checkpointed layers, AdamW, both stages, real-data batches."""
     data, folder = tmp_path / "data", tmp_path / "tiny"
