@@ -267,7 +267,8 @@ def test_a_submitted_job_with_two_workers_gives_the_same_bytes(
     assert contents(lineage.store(world.load(root)).url) == reference
 
 
-@pytest.mark.parametrize("place", [pytest.param("local", marks=pytest.mark.slow), "s3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "s3"])
 def test_killed_and_started_again_the_store_is_the_same(
     world: World, reference: dict[str, bytes], request: pytest.FixtureRequest, tmp_path: Path, place: str
 ) -> None:

@@ -25,6 +25,7 @@ def nightly(root: str, folder: Path, *overrides: str) -> subprocess.CompletedPro
     return subprocess.run([*command, f"root={root}", *SMALL, *overrides], cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_local_and_s3_runs_with_one_seed_give_the_same_rankings_and_metrics(s3_root: str, tmp_path: Path) -> None:
     """The second run is on S3, with another number of encoding workers and another query batch; then both redo nothing."""
     roots = str(tmp_path / "root"), s3_root
