@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 ROOT ?= runs/quickstart
+# Two test processes, a file in one of them: the tests that start Ray wait more than they work.
+WORKERS ?= --numprocesses 2 --dist loadfile
 
 .PHONY: setup quickstart ui test test-slow lint format clean
 
@@ -23,10 +25,10 @@ ui: $(SETUP)
 	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(ROOT)/mlflow/mlflow.db
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-slow: $(SETUP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(WORKERS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
