@@ -18,6 +18,13 @@ class ForecastConfig(Section):
     tokens: int | None = Field(None, ge=1, description="of the pool, where the dataset is not made yet")
 
 
+class BenchmarkConfig(Section):
+    """What `benchmark.py encode` measures with."""
+
+    chunks: int = Field(8192, ge=1, description="of the pool, about")
+    repeats: int = Field(3, ge=1, description="of each measure, in turn; the best counts")
+
+
 class StoreConfig(Section):
     dtype: Literal["float32", "bfloat16", "int8"] = Field(
         "bfloat16", description="of the token states; int8 keeps the pooled ones bfloat16"
@@ -30,3 +37,4 @@ class StoreConfig(Section):
     gpus_per_worker: float = Field(0, ge=0)
     wait_minutes: float = Field(0, ge=0, description="how long to wait for machines that an autoscaler adds, where no worker fits yet")
     forecast: ForecastConfig = ForecastConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,14 +84,26 @@ def plan(config: Config) -> Iterator[str]:
 
 def run(config: Config) -> str:
     """Makes the store where it is not complete. Returns its URL."""
+    timed(config)
+    return lineage.store(config).url
+
+
+def timed(config: Config) -> Progress:
+    """As `run`. Returns how it went: of the shards made now, which may be none."""
     store = lineage.store(config)
-    if _complete(store):
-        return store.url
-    _check(config)
-    with claim.hold(store) as mine:
-        if not _complete(store):  # another run may just have ended
-            _make(config, store, mine)
-    return store.url
+    if not _complete(store):
+        _check(config)
+        with claim.hold(store) as mine:
+            if not _complete(store):  # another run may just have ended
+                return _make(config, store, mine)
+    return Progress(0, 0, time.time())
+
+
+def fitting(config: Config) -> int:
+    """How many workers have cores, or GPUs, of their own at once: here, or on the cluster that this process has joined."""
+    cluster.connect(config)
+    cores = math.inf if cluster.joined() else len(os.sched_getaffinity(0)) // config.store.threads
+    return int(min(cluster.fits(_worker(config)), cores))
 
 
 def check(config: Config) -> str:
@@ -192,7 +205,7 @@ class _Job:
         }  # fmt: skip
 
 
-def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence[str] = ()) -> None:
+def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence[str] = ()) -> Progress:
     from intra import tracking
     from intra.store import writer
 
@@ -243,6 +256,7 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
                 "tokens_per_second": progress.tokens_per_second, "compute_share": progress.compute_share,
             }
         )  # fmt: skip
+    return progress
 
 
 def _shards(job: _Job, todo: Sequence[Shard], progress: Progress, step: Any) -> None:

@@ -161,7 +161,7 @@ class EncodeCommit:
         self._computes = threading.Lock()
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
-        lengths, token_lists = _token_lists(row)
+        lengths, token_lists = tokens_of(row)
         shard = Shard(int(row["shard"]), int(row["first"]), int(row["rows"]), row.get("content", ""))
         with self._computes:
             torch.set_num_threads(self.threads)  # of this thread
@@ -192,7 +192,7 @@ class Sample:
         self.batch_tokens = batch_tokens
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
-        lengths, token_lists = _token_lists(row)
+        lengths, token_lists = tokens_of(row)
         blocks = (block.float().cpu() for _, block, _ in _encoded(self.backbone, token_lists, lengths, self.batch_tokens))
         mu, sigma = quantize.statistics(blocks, self.backbone.hidden_size)
         return {"shard": row["shard"], "scale": save_safetensors({"mu": mu, "sigma": sigma})}
@@ -224,7 +224,8 @@ def _load(source: Source) -> Backbone:
     return load(source.model, source.revision, dtype=source.dtype, device=source.device)
 
 
-def _token_lists(row: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
+def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
+    """What LoadTokenize has put into a row: (number of tokens, token ids) of each chunk."""
     lengths = np.frombuffer(row["lengths"], dtype=np.int32)
     ids = np.split(np.frombuffer(row["ids"], dtype=np.int32), np.cumsum(lengths)[:-1])
     return lengths.tolist(), [item.tolist() for item in ids]
