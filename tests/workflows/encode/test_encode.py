@@ -6,110 +6,37 @@ seconds: one head for the module, and local ones only where the script must star
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow as pa
 import pytest
 import torch
-import yaml
 
-from intra import config as configuration
 from intra import lineage, storage
 from intra.backbone import model as backbones
-from intra.backbone import tiny
-from intra.config import ArchitectureConfig, Config, SyntheticConfig
-from intra.data import schema, synthetic
+from intra.data import schema
 from intra.errors import UserError, WorkflowError
 from intra.store.format import COMMIT, STATES, shards
 from intra.store.reader import ChunkStore
-from workflows import encode, prepare
+from workflows import encode
 
-from ..conftest import free_port
-
-REPOSITORY = Path(__file__).parents[2]
-KINDS = [("commit", "json"), ("states", "safetensors"), ("pooled", "safetensors")]
-CHUNKS, SHARD_CHUNKS = 160, 2  # many small shards: time to kill a run between two of them
-
-
-@dataclass
-class World:
-    """A configuration file, and a root that holds its dataset but no store."""
-
-    file: Path
-    root: str
-
-    def load(self, root: str | None = None, *overrides: str) -> Config:
-        return configuration.load(self.file, [f"root={root or self.root}", *overrides])
-
-    def command(self, root: str, *overrides: str) -> list[str]:
-        return [sys.executable, "workflows/encode.py", "--config", str(self.file), f"root={root}", *overrides]
-
-    def clone(self, root: str) -> str:
-        """Another root with the same dataset."""
-        storage.upload(Path(self.root) / "dataset", storage.join(root, "dataset"))
-        return root
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("encode")
-    made = SyntheticConfig(chunks=CHUNKS, train_questions=10, test_questions=10)
-    passages, _ = synthetic.generate(made, 0)
-    architecture = ArchitectureConfig(
-        hidden_size=32, intermediate_size=48, encoder_layers=2, decoder_layers=2, heads=4, kv_heads=2, head_dim=8, vocabulary=2048
-    )
-    tokenizer = tiny.train_tokenizer([f"{passage.title} {passage.text}" for passage in passages], architecture)
-    tiny.save(tiny.build(architecture, tokenizer, seed=0), tokenizer, folder / "model")
-    values: dict[str, Any] = {
-        "root": str(folder / "root"),
-        "data": {"source": "synthetic", "synthetic": made.model_dump()},
-        "backbone": {"model": str(folder / "model")},
-        "store": {"shard_chunks": SHARD_CHUNKS, "batch_tokens": 128, "workers": 2},
-        "retriever": {"pooled_length": 3},
-        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-    }
-    file = folder / "encode.yaml"
-    file.write_text(yaml.safe_dump(values))
-    result = World(file, values["root"])
-    prepare.run(result.load())
-    return result
-
-
-def contents(url: str) -> dict[str, bytes]:
-    return {name: storage.read_bytes(storage.join(url, name)) for name in storage.files(url)}
-
-
-def stamps(url: str, names: list[str]) -> dict[str, str]:
-    return {name: storage.stamp(storage.join(url, name)) for name in names}
-
-
-def environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **changes}
-
-
-def finish(command: list[str], **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(**changes), capture_output=True, text=True, timeout=300)
-
-
-def end(processes: list[psutil.Process]) -> None:
-    """Ends what a test has started, and nothing else."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=20)
+from .runs import (
+    CHUNKS,
+    REPOSITORY,
+    SHARDS,
+    Head,
+    World,
+    committed_files,
+    contents,
+    end,
+    environment,
+    finish,
+    stamps,
+    wait_for_jobs,
+)
 
 
 def kill_in_the_middle(command: list[str], commits: str, total: int, **changes: str) -> None:
@@ -143,53 +70,6 @@ def kill_in_the_middle(command: list[str], commits: str, total: int, **changes: 
     assert 5 <= settled < total
 
 
-@pytest.fixture(scope="module")
-def reference(world: World) -> dict[str, bytes]:
-    """The store of an uninterrupted run by script, with one worker, on a Ray that the script starts."""
-    done = finish(world.command(world.root, "store.workers=1"))
-    assert done.returncode == 0, done.stderr
-    url = lineage.store(world.load()).url
-    assert done.stdout.splitlines()[-1] == url
-    return contents(url)
-
-
-@dataclass
-class Head:
-    gcs: str
-    dashboard: str
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: str) -> Iterator[Head]:
-    """A Ray head of our own, with its job server; its workers know the local S3 server."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds Unix sockets
-    gcs, dashboard = free_port(), free_port()
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4", f"--temp-dir={folder}",
-               "--object-store-memory=268435456", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-               f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
-               f"--metrics-export-port={free_port()}"]  # fmt: skip
-    with open(Path(folder) / "head.log", "w") as log:
-        process = subprocess.Popen(command, env=environment(RAY_AUTH_MODE="disabled"), start_new_session=True, stdout=log, stderr=log)
-    try:
-        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
-    finally:
-        end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for_jobs(head: Head) -> None:
-    from ray.job_submission import JobSubmissionClient
-
-    for _ in range(240):
-        try:
-            JobSubmissionClient(head.dashboard).list_jobs()
-            return
-        except (ConnectionError, RuntimeError):
-            time.sleep(0.5)
-    raise AssertionError("the job server did not start")
-
-
 # ---- without Ray
 
 
@@ -200,9 +80,9 @@ def test_the_plan_before_and_after_prepare(world: World, tmp_path: Path) -> None
     manifest = storage.read_json(lineage.dataset(world.load()).path("manifest.json"))
     root = world.clone(str(tmp_path / "clone"))
     after = "\n".join(encode.plan(world.load(root)))
-    assert f"{CHUNKS} chunks, {manifest['tokens']:,} tokens in {CHUNKS // SHARD_CHUNKS} shards" in after
+    assert f"{CHUNKS} chunks, {manifest['tokens']:,} tokens in {SHARDS} shards" in after
     assert "0 shards are committed" in after
-    assert f"{CHUNKS // SHARD_CHUNKS} to make with 2 workers" in after
+    assert f"{SHARDS} to make with 2 workers" in after
     assert not Path(root, "store").exists()
 
 
@@ -245,7 +125,7 @@ def test_the_store_holds_what_the_backbone_encodes(world: World, reference: dict
     manifest = store.manifest
     assert (manifest["rows"], manifest["hidden_size"], manifest["pooled_length"], manifest["dtype"]) == (CHUNKS, 32, 3, "bfloat16")
     assert manifest["backbone"] == backbones.digest(config.backbone.model)
-    assert len(manifest["shards"]) == CHUNKS // SHARD_CHUNKS
+    assert len(manifest["shards"]) == SHARDS
 
 
 def test_a_second_run_redoes_nothing(world: World, reference: dict[str, bytes]) -> None:
@@ -279,16 +159,15 @@ def test_killed_and_started_again_the_store_is_the_same(
         joined = {"RAY_ADDRESS": request.getfixturevalue("head").gcs, "RAY_AUTH_MODE": "disabled"}
     store = lineage.store(world.load(root))
     command = world.command(root, f"store.workers={2 if place == 'local' else 1}")
-    kill_in_the_middle(command, store.path(COMMIT), CHUNKS // SHARD_CHUNKS, **joined)
+    kill_in_the_middle(command, store.path(COMMIT), SHARDS, **joined)
     assert not store.complete()
     with pytest.raises(UserError, match="is incomplete"):
         ChunkStore(store.url)
-    committed = [f"{folder}/{name.split('.')[0]}.{end}" for name in storage.names(store.path(COMMIT)) for folder, end in KINDS]
-    before = stamps(store.url, committed)
+    before = stamps(store.url, committed_files(store))
     done = finish(command, **joined)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == store.url
-    assert stamps(store.url, committed) == before
+    assert stamps(store.url, list(before)) == before
     assert contents(store.url) == reference
 
 
