@@ -13,6 +13,7 @@ what is damaged again; --prune deletes what stores of older corpora with the sam
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -31,8 +32,8 @@ from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.store import claim, forecast, planning, prune, verify
 from intra.store.forecast import size
-from intra.store.format import PLAN, POOLED, SCALE, SETTINGS, STATES, Commit, Shard, committed
-from intra.store.progress import Progress
+from intra.store.format import COMMIT, PLAN, POOLED, SCALE, SETTINGS, STATES, Commit, Shard, committed
+from intra.store.progress import Progress, peak_memory
 
 WORKERS_A_LOADER = 8  # tokenising is light: one loader feeds many encoders
 LOADER_CPUS = 0.5
@@ -136,7 +137,7 @@ def repair(config: Config) -> str:
             return store.url
         for item in found:
             print(f"repair: {item}", file=sys.stderr)
-        _make(config, store, mine, verify.discard(store, found))
+        _make(config, store, mine, verify.discard(store, found), before["files"].get(SCALE))
     after = {shard["name"]: shard for shard in store.manifest()["shards"]}
     bad = {item.shard for item in found if item.store is None}
     for old in before["shards"]:
@@ -205,7 +206,8 @@ class _Job:
         }  # fmt: skip
 
 
-def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence[str] = ()) -> Progress:
+def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence[str] = (), scale: str | None = None) -> Progress:
+    """`left_out`: shards not to be borrowed; `scale`: SHA-256 of the int8 scale that the committed shards were made with, if known."""
     from intra import tracking
     from intra.store import writer
 
@@ -222,7 +224,9 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
     revision = None if config.backbone.train else config.backbone.revision
     source = writer.Source(model, revision, locate.digest(model, revision), config.backbone.dtype, _device(config), config.store.threads)
     settings = _settings(config, source.digest, counts["pool_sha256"])
-    _tell_of_others(store, settings)
+    beside = planning.nearest(store, settings)
+    if beside:
+        print(f"encode: a new store beside {beside[0]}, for {', '.join(beside[1])}", file=sys.stderr)
     with tracking.step(config, "encode", store) as step:
         step.log_input("pool", counts["pool_sha256"], dataset.url)
         step.log_metrics(forecast.summary(found))
@@ -230,6 +234,8 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
         storage.write_json(store.path(SETTINGS), settings)
         storage.write_json(store.path(PLAN), made.record())
         job = _Job(config, store, dataset, source, made, mine)
+        if config.store.dtype == "int8" and not storage.exists(store.path(SCALE)) and not _make_scale(job, scale):
+            commits = {}
         todo = [shard for shard in made.shards if shard.number not in commits]
         progress = Progress(len(todo), sum(shard.rows for shard in todo), begun)
         if todo:
@@ -246,7 +252,8 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
         lent = f", {manifest['rows_borrowed']:,} of the chunks borrowed" if manifest["rows_borrowed"] else ""
         print(
             f"encode: {manifest['rows']:,} chunks, {manifest['tokens']:,} tokens, {size(manifest['bytes'])} in {len(made.shards):,} "
-            f"shards, {len(todo):,} of them made now, in {seconds:.0f} s{lent}"
+            f"shards, {len(todo):,} of them made now, in {seconds:.0f} s{lent}; at most {size(progress.memory)} of memory a worker, "
+            f"{size(peak_memory())} here"
         )
         step.log_metrics(
             {
@@ -254,6 +261,7 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
                 "chunks_borrowed": manifest["rows_borrowed"], "bytes": manifest["bytes"], "seconds": seconds,
                 "seconds_start_up": progress.start_up if todo else 0.0, "seconds_active": progress.active,
                 "tokens_per_second": progress.tokens_per_second, "compute_share": progress.compute_share,
+                "memory_worker": progress.memory, "memory_driver": peak_memory(),
             }
         )  # fmt: skip
     return progress
@@ -263,8 +271,6 @@ def _shards(job: _Job, todo: Sequence[Shard], progress: Progress, step: Any) -> 
     """Makes the shards on the cluster. Raises WorkflowError naming those that failed on every worker, when all others are committed."""
     cluster.connect(job.config)
     _wait_for_machines(job.config)
-    if job.config.store.dtype == "int8" and not storage.exists(job.store.path(SCALE)):
-        storage.write_bytes(job.store.path(SCALE), _scale(job))
     total, logged = len(job.plan.shards), time.monotonic()
     failures: dict[int, str] = {}
     with tqdm(total=total, initial=total - len(todo), desc="encode", unit="shard", disable=None) as bar:
@@ -339,6 +345,19 @@ def _tokenized(job: _Job, rows: Sequence[dict[str, Any]], loaders: int) -> Any:
     items = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     build = (LoadTokenize, job.dataset.url, job.source.model, job.source.revision, job.config.data.template)
     return cluster.stage(items, build, ActorPoolStrategy(size=loaders), LOADER_CPUS)
+
+
+def _make_scale(job: _Job, before: str | None) -> bool:
+    """Writes the int8 store's mu and sigma. False where they are not those that its shards were made with: these lose their commits."""
+    cluster.connect(job.config)
+    _wait_for_machines(job.config)
+    data = _scale(job)
+    same = hashlib.sha256(data).hexdigest() == before
+    if not same and storage.names(job.store.path(COMMIT)):
+        print(f"encode: {SCALE} was lost and could not be made as it was: all shards are made again", file=sys.stderr)
+        storage.remove(job.store.path(COMMIT))
+    storage.write_bytes(job.store.path(SCALE), data)
+    return same
 
 
 def _scale(job: _Job) -> bytes:
@@ -421,7 +440,7 @@ def _wait_for_machines(config: Config) -> None:
             print(f"encode: no worker of {_needs(config)} fits yet; waiting up to {config.store.wait_minutes:g} minutes", file=sys.stderr)
             cluster.ask_for(_worker(config), config.store.workers)
             asked = True
-        time.sleep(5)
+        time.sleep(5)  # Ray tells nobody of a machine that joins: it has to be asked; machines take minutes
     if asked:
         cluster.ask_for(_worker(config), 0)
 
@@ -456,18 +475,6 @@ def _settings(config: Config, backbone: str, pool: str) -> dict[str, Any]:
         "store": config.store.model_dump(include={"dtype", "shard_chunks", "batch_tokens", "threads"}),
         "retriever": {"pooled_length": config.retriever.pooled_length},
     }
-
-
-def _tell_of_others(store: Artifact, settings: Mapping[str, Any]) -> None:
-    """One line on what sets this new store apart from the one most like it under the same root."""
-    found = []
-    for name in planning.siblings(store):
-        place = storage.join(store.url.rpartition("/")[0], name, SETTINGS)
-        if storage.exists(place):
-            found.append((planning.differences(settings, storage.read_json(place)), name))
-    if found:
-        differences, name = min(found, key=lambda item: (len(item[0]), item[1]))
-        print(f"encode: a new store beside {name}, for {', '.join(differences)}", file=sys.stderr)
 
 
 def _written(commits: Mapping[int, Commit]) -> int:

@@ -99,7 +99,7 @@ def _dead(store: Artifact, number: int, found: dict[str, Any]) -> bool:
         return not _runs(int(found.get("pid", 0)), found.get("born"))
     before, deadline = storage.stamp(_place(store, number)), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        time.sleep(min(2.0, PATIENCE / 4))
+        time.sleep(min(2.0, PATIENCE / 4))  # storage tells nobody of a change: one has to look again
         try:
             if storage.stamp(_place(store, number)) != before:
                 return False

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from intra import storage
 from intra.artifact import MANIFEST, Artifact
 from intra.data.schema import Pool, PoolFile
-from intra.store.format import DIGEST_BYTES, FORMAT, INDEX, PLAN, SCALE, Shard, shards
+from intra.store.format import DIGEST_BYTES, FORMAT, INDEX, PLAN, SCALE, SETTINGS, Shard, shards
 
 GROUP = 65536  # rows of the pool read at once
 PLACES = ("row", "n_tokens", "offset", "states_crc32", "pooled_crc32")  # columns of an index that say where a chunk lies
@@ -127,6 +127,16 @@ def siblings(store: Artifact, encoding: str | None = None) -> dict[str, Manifest
 def borrowed_from(store: Artifact) -> set[str]:
     """Names of the store's shards that complete stores beside it borrow."""
     return {shard["name"] for manifest in siblings(store).values() for shard in manifest["shards"] if shard["store"] == store.fingerprint}
+
+
+def nearest(store: Artifact, settings: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """Of the complete stores beside this one the most like it: its fingerprint, and what sets this one apart, in words."""
+    found = []
+    for name in siblings(store):
+        place = storage.join(store.url.rpartition("/")[0], name, SETTINGS)
+        if storage.exists(place):
+            found.append((name, differences(settings, storage.read_json(place))))
+    return min(found, key=lambda item: (len(item[1]), item[0]), default=None)
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

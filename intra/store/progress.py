@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Mapping
 from typing import Any
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Progress:
@@ -12,7 +18,7 @@ class Progress:
 
     def __init__(self, shards: int, chunks: int, begun: float) -> None:
         self.shards, self.chunks, self.begun = shards, chunks, begun
-        self.done = self.done_chunks = self.tokens = self.bytes = 0
+        self.done = self.done_chunks = self.tokens = self.bytes = self.memory = 0  # memory: bytes, of the largest worker
         self._spans: dict[str, list[float]] = {}  # worker -> first start, last end, seconds of computing
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -20,6 +26,7 @@ class Progress:
         self.done_chunks += int(line["rows"])
         self.tokens += int(line["tokens"])
         self.bytes += int(line["bytes"])
+        self.memory = max(self.memory, int(line["memory"]))
         span = self._spans.setdefault(str(line["worker"]), [line["started"], line["ended"], 0.0])
         span[0], span[1], span[2] = min(span[0], line["started"]), max(span[1], line["ended"]), span[2] + line["compute"]
 

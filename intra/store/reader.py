@@ -6,11 +6,13 @@
 
 States and single pooled vectors are read by byte ranges, one per chunk, and the last CACHE bytes of each are kept; where all of them
 take no more than that, whole shards are read, once. So memory does not grow with the pool. What is read is compared with the CRC-32 of the
-index: states and single vectors each time, the vectors of tiles the first time that this object reads them.
+index: states and single vectors each time, the vectors of tiles the first time that this object reads them; the files of the whole
+store with the SHA-256 of the manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 import zlib
@@ -82,7 +84,7 @@ class ChunkStore:
             STATES: token_bytes(self.hidden_size, self.dtype),
             POOLED: pooled_bytes(self.hidden_size, self.pooled_length, self.dtype),
         }
-        index = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.url, INDEX))))
+        index = pq.read_table(io.BytesIO(self._file(INDEX)))
         self.chunk_ids: list[str] = index["chunk_id"].to_pylist()
         self._shard, self._row, self._tokens, self._offset = (index[name].to_numpy() for name in ("shard", "row", "n_tokens", "offset"))
         self._sums = {folder: index[f"{folder}_crc32"].to_numpy() for folder in (STATES, POOLED)}
@@ -132,7 +134,7 @@ class ChunkStore:
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor]:
         """(mu, sigma) of an int8 store, Tensor[d] fp32 each (intra.store.quantize)."""
-        tensors = load_safetensors(storage.read_bytes(storage.join(self.url, SCALE)))
+        tensors = load_safetensors(self._file(SCALE))
         return tensors["mu"], tensors["sigma"]
 
     def _stored(self, chunk_ids: Sequence[str]) -> list[Tensor]:
@@ -177,8 +179,19 @@ class ChunkStore:
 
     def whitening(self) -> tuple[Tensor, Tensor]:
         """(mean Tensor[d], matrix Tensor[d, d]) fp32: a vector x is whitened as (x - mean) @ matrix (intra.store.whitening)."""
-        tensors = load_safetensors(storage.read_bytes(storage.join(self.url, WHITENING)))
+        tensors = load_safetensors(self._file(WHITENING))
         return tensors["mean"], tensors["matrix"]
+
+    def _file(self, name: str) -> bytes:
+        """A file of the whole store. Raises WorkflowError where it is missing or not as the manifest states it."""
+        place = storage.join(self.url, name)
+        try:
+            data = storage.read_bytes(place)
+        except FileNotFoundError:
+            raise self._damaged(place, "is missing") from None
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
+            raise self._damaged(place, "differs from what was written")
+        return data
 
     def _checked(self, wanted: Sequence[int] | Sequence[str]) -> list[int]:
         ids = [item for item in wanted if isinstance(item, str)]

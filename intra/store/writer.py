@@ -56,6 +56,7 @@ from intra.store.format import (
     torch_dtype,
 )
 from intra.store.planning import Lent
+from intra.store.progress import peak_memory
 from intra.store.reader import ChunkStore
 from intra.store.whitening import Moments, whitening
 
@@ -178,6 +179,7 @@ class EncodeCommit:
             "bytes": commit[STATES]["bytes"] + commit[POOLED]["bytes"],
             "worker": f"{socket.gethostname()}:{os.getpid()}",
             "device": f"{self.backbone.device.type}:{os.environ.get('CUDA_VISIBLE_DEVICES', '')}",  # Ray gives a worker its own
+            "memory": peak_memory(),
             "started": started,
             "compute": encoded - started,
             "ended": time.time(),

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from intra import storage
+from intra.errors import WorkflowError
 from intra.store import verify
-from intra.store.format import COMMIT, INDEX, POOLED, STATES, WHITENING, committed, path, shards
+from intra.store.format import COMMIT, INDEX, POOLED, SCALE, STATES, WHITENING, committed, path, shards
+from intra.store.reader import ChunkStore
 
-from .conftest import Made
+from .conftest import Made, write
 
 
 def damaged(made: Made) -> list[str]:
@@ -20,6 +23,11 @@ def flip(place: str, position: int) -> None:
     data = bytearray(storage.read_bytes(place))
     data[position] ^= 1
     storage.write_bytes(place, bytes(data))
+
+
+def read(made: Made) -> object:
+    store = ChunkStore(made.url)
+    return store.states(["c001"]), store.whitening()
 
 
 def test_a_sound_store_has_no_damage(made: Made) -> None:
@@ -36,6 +44,39 @@ def test_one_flipped_byte_anywhere_is_named(made: Made, position: int) -> None:
         "index.parquet differs from what was written", "whitening.safetensors differs from what was written",
         "pooled/00002.safetensors differs from what was written", "states/00004.safetensors differs from what was written",
     ]  # fmt: skip
+
+
+def test_every_byte_of_a_shard_is_guarded(tmp_path: Path) -> None:
+    """One flipped byte, wherever it is, is named by `damaged`, and where it belongs to a chunk its reader raises; the sound one is read."""
+    made = write(str(tmp_path), shard_chunks=4)
+    manifest = made.artifact.manifest()
+    shard = manifest["shards"][1]
+    chunk_ids = made.chunk_ids[4:8]
+    for folder in (STATES, POOLED, COMMIT):
+        place = Path(path(made.url, folder, shard["name"]))
+        whole = place.read_bytes()
+        for position in range(0, len(whole), 7):
+            place.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+            (found,) = verify.damaged(made.artifact, {}, [shard])
+            assert str(found) == f"{place} differs from what was written"
+            assert found.shard == shard["name"]
+            if folder != COMMIT and position >= shard[folder]["data_offset"]:
+                store = ChunkStore(made.url)
+                with pytest.raises(WorkflowError, match=rf"{folder}/{shard['name']}\.safetensors differs .* --repair"):
+                    store.states(chunk_ids) if folder == STATES else store.pooled(chunk_ids)
+        place.write_bytes(whole)
+    assert verify.damaged(made.artifact, manifest["files"], manifest["shards"]) == []
+
+
+@pytest.mark.parametrize("name", [INDEX, WHITENING, SCALE])
+def test_a_reader_refuses_a_changed_file_of_the_whole_store(tmp_path: Path, name: str) -> None:
+    made = write(str(tmp_path), dtype="int8")
+    flip(made.artifact.path(name), -9)
+    with pytest.raises(WorkflowError, match=f"{name} differs from what was written; run workflows/encode.py --repair"):
+        read(made)
+    storage.remove(made.artifact.path(name))
+    with pytest.raises(WorkflowError, match=f"{name} is missing; run workflows/encode.py --repair"):
+        read(made)
 
 
 def test_missing_and_cut_files_are_named(made: Made) -> None:
