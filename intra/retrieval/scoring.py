@@ -127,9 +127,13 @@ def scorer(kind: str, queries: Tensor, backbone: Backbone, weights: Tensor, temp
     if kind == "mixture":
         return lambda pooled: (weights[None, :, :, None] * per_head(queries, pooled, backbone)).sum(dim=2) / temperature
     if kind == "mixed":
-        vectors = mixed(queries, backbone, weights)
-        return lambda pooled: _SumOfMaxima.apply(vectors, unit(pooled)).T[:, None] * (backbone.scaling / temperature)
+        return mixed_scorer(mixed(queries, backbone, weights), backbone.scaling / temperature)
     raise ValueError(f"scoring '{kind}'")
+
+
+def mixed_scorer(vectors: Tensor, scale: float) -> Scorer:
+    """The scorer `mixed` for its query vectors [B, R, d]."""
+    return lambda pooled: _SumOfMaxima.apply(vectors, unit(pooled)).T[:, None] * scale
 
 
 def mixed(queries: Tensor, backbone: Backbone, weights: Tensor) -> Tensor:
@@ -169,18 +173,25 @@ def log_mixture(components: Tensor, normalisers: Tensor) -> Tensor:
 
 
 def log_normalisers(tiles: Iterable[tuple[int, Tensor]], components: Scorer) -> Tensor:
-    """log sum_i exp(z_{c,i}) over a streamed pool: [B, C] float64.
+    """log sum_i exp(z_{c,i}) over a streamed pool: [B, C] float64, `rounded`."""
+    return rounded(log_sums(tiles, components))
 
-    Taken in float64 and rounded to GRID: what the order of adding changes lies nine orders of magnitude below, so the size of the
-    tiles does not show, and as every chunk shares the rounding, no order within a component changes.
-    """
+
+def log_sums(tiles: Iterable[tuple[int, Tensor]], components: Scorer) -> Tensor:
+    """log sum_i exp(z_{c,i}) over a streamed pool or a part of one: [B, C] float64. Parts are put together by `logaddexp`."""
     total: Tensor | None = None
     for _, pooled in tiles:
         tile = torch.logsumexp(components(pooled).double(), dim=2)
         total = tile if total is None else torch.logaddexp(total, tile)
     if total is None:
         raise WorkflowError("the chunk store holds no chunk; run workflows/encode.py again")
-    return (total / GRID).round() * GRID
+    return total
+
+
+def rounded(sums: Tensor) -> Tensor:
+    """Sums taken in float64 to a multiple of GRID: what the order of adding changes lies nine orders of magnitude below, so the size of
+    the tiles does not show, and as every chunk shares the rounding, no order within a component changes."""
+    return (sums / GRID).round() * GRID
 
 
 class TopK:
@@ -199,13 +210,30 @@ class TopK:
         if torch.isnan(scores).any():
             last = first_row + scores.shape[1] - 1
             raise WorkflowError(f"a score of the chunks in rows {first_row} to {last} is not a number; check the backbone and the store")
-        rows = torch.arange(first_row, first_row + scores.shape[1]).expand(len(scores), -1)
         scores = scores.float().cpu()
+        rows = torch.arange(first_row, first_row + scores.shape[1]).expand(len(scores), -1)
+        if self.scores.numel() and self.scores.shape[1] == self.k:
+            # Of a tile only what beats the k-th counts: an equal score of a higher row does not. Mostly that is next to nothing.
+            most = int((scores > self.scores[:, -1:]).sum(dim=1).max())
+            if most == 0:
+                return
+            if most < scores.shape[1] // 2:
+                place = torch.topk(scores, most, dim=1).indices.sort(dim=1).values
+                scores, rows = scores.gather(1, place), rows.gather(1, place)
         if self.scores.numel():
             scores, rows = torch.cat([self.scores, scores], dim=1), torch.cat([self.rows, rows], dim=1)
         # torch.topk orders equal scores at will; a stable sort keeps the lower row, which is the lower chunk id, first.
         scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
         self.scores, self.rows = scores[:, : self.k].clone(), rows.gather(1, order[:, : self.k])
+
+    def merge(self, other: TopK) -> None:
+        """Takes in the best of another part of the pool, whose rows all lie above these."""
+        if not self.scores.numel():
+            self.scores, self.rows = other.scores, other.rows
+        elif other.scores.numel():
+            scores, rows = torch.cat([self.scores, other.scores], dim=1), torch.cat([self.rows, other.rows], dim=1)
+            scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
+            self.scores, self.rows = scores[:, : self.k].clone(), rows.gather(1, order[:, : self.k])
 
     def pairs(self) -> list[Scored]:
         return [list(zip(row, score, strict=True)) for score, row in zip(self.scores.tolist(), self.rows.tolist(), strict=True)]

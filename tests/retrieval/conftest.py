@@ -146,3 +146,14 @@ def retriever(backbone: model.Backbone, request: pytest.FixtureRequest) -> Retri
     with torch.no_grad():
         made.weights.copy_(torch.randn(made.weights.shape, generator=torch.Generator().manual_seed(2)))
     return made
+
+
+@pytest.fixture
+def queries(backbone: model.Backbone) -> Tensor:
+    shape = (3, backbone.layers, backbone.heads, 5, backbone.head_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weights(backbone: model.Backbone) -> Tensor:
+    return torch.randn(backbone.layers, backbone.heads, generator=torch.Generator().manual_seed(1))

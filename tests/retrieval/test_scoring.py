@@ -42,17 +42,6 @@ def naive_scores(kind: str, queries: Tensor, pooled: Tensor, backbone: Backbone,
     return components.softmax(dim=2).mean(dim=1).log() if kind == "mixture" else components[:, 0]
 
 
-@pytest.fixture
-def queries(backbone: Backbone) -> Tensor:
-    shape = (3, backbone.layers, backbone.heads, 5, backbone.head_dim)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def weights(backbone: Backbone) -> Tensor:
-    return torch.randn(backbone.layers, backbone.heads, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("kind", SCORINGS)
 def test_equals_the_naive_scorer(
     kind: str, backbone: Backbone, store: MemoryStore, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch

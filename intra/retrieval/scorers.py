@@ -1,0 +1,273 @@
+"""The scorers of a search: forward only, one interface, the exact ones checked against each other.
+
+    scorer = LayerScorer(queries, Keys.of(backbone), weights, "per_head", form="head_space")
+    z = scorer(pooled)                                   # [N, P, d] -> components [B, C, N] float32, as of `scoring.scorer`
+
+What each sums for layer l, head h and its key-value head g, over retrieval tokens r and pooled vectors p:
+
+    head_space   sum_r max_p  q_r . k_p              k_p = k_norm(k_proj(h_p)), made once for a tile; exact
+    reverse      sum_r max_p  rho_p (q~_r . h_p)     q~_r = (q_r * (1 + w)) W_K in R^d, rho_p = rsqrt(mean((W_K h_p)^2) + eps): one scalar a
+                                                     vector, layer and key-value head (`scalars`), kept beside the vectors; exact
+    paper        sum_r max_p  nu_p (q~_r . h_p)      nu_p = rsqrt(mean(h_p^2) + eps): App. A.2, where the norm stands before the projection.
+                                                     Not the score of a stock T5Gemma 2: a model must have been trained to it
+    int8         sum_r max_p  of head_space in integers (`torch._int_mm`): one scale for a chunk's vectors, which therefore commutes with
+                                                     the maximum, one for a question's head; approximate
+
+These serve `per_head` and `mixture`; `mixed` mixes layers before its one MaxSim and has only its own form (`scoring.scorer`).
+
+A product is taken in blocks that stay in the processor's cache, in a buffer that is used again; its maximum over a chunk's vectors and sum
+over the tokens follow at once, then the sum over heads. Blocks are cut at fixed rows of the pool as long as tiles begin at multiples of
+ALIGN: then neither the size of the tiles nor the number of shards changes a bit of a score.
+
+Shapes: B questions, C components, L layers, H query heads, G key-value heads, R retrieval tokens, N chunks, P pooled vectors a
+chunk, e = head_dim, d = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from intra.errors import UserError
+from intra.retrieval import scoring
+
+if TYPE_CHECKING:
+    from intra.backbone.model import Backbone
+
+FORMS = ("head_space", "reverse", "paper", "int8")
+ALIGN = 1024  # chunks, at multiples of which a tile begins
+PART = 512  # chunks whose keys are made at once on a CPU; divides ALIGN
+# On one AVX512 core, 448 to 1,792 rows by 512 to 2,048 columns ran within a tenth of each other; beyond 2**20 products leave the cache.
+PRODUCT = 2**20  # elements of a product on a CPU
+COLUMNS = 1024  # of it at most
+INT8 = 127
+_TINY = 1e-20  # stands for the scale of a chunk whose keys are all zero
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What makes cross-attention keys of pooled vectors, of every decoder layer: a few matrices, not the model."""
+
+    projections: Tensor  # [L, G * e, d] of the model's dtype
+    biases: Tensor | None  # [L, G * e]
+    gains: Tensor  # [L, e] float32, 1 + k_norm.weight
+    eps: float
+    groups: int  # G
+    scaling: float
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Keys:
+        attentions = [block.self_attn for block in backbone.model.get_decoder().layers]
+        biases = [attention.k_proj.bias for attention in attentions]
+        return cls(
+            torch.stack([attention.k_proj.weight.detach() for attention in attentions]),
+            None if biases[0] is None else torch.stack([bias.detach() for bias in biases]),
+            1.0 + torch.stack([attention.k_norm.weight.detach().float() for attention in attentions]),
+            float(attentions[0].k_norm.eps),
+            backbone.kv_heads,
+            backbone.scaling,
+        )
+
+    def to(self, device: torch.device | str) -> Keys:
+        biases = None if self.biases is None else self.biases.to(device)
+        return replace(self, projections=self.projections.to(device), biases=biases, gains=self.gains.to(device))
+
+    def normed(self, flat: Tensor, layer: int) -> Tensor:
+        """k_norm(k_proj(h)) without k_norm's weight: [n, d] -> [n, G, e] of the model's dtype."""
+        keys = self._projected(flat, layer)
+        return keys.mul_(self._rsqrt(keys)[..., None].to(keys.dtype))
+
+    def rho(self, flat: Tensor, layer: int) -> Tensor:
+        """The scalars of vectors [n, d] in one layer: [G, n] float32."""
+        return self._rsqrt(self._projected(flat, layer)).T
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def scalars(self, pooled: Tensor) -> Tensor:
+        """rho of every pooled vector, layer and key-value head: [N, P, d] -> [L, G, N, P] float32."""
+        flat = pooled.reshape(-1, pooled.shape[-1]).to(self.projections.dtype)
+        return torch.stack([self.rho(flat, layer) for layer in range(len(self.gains))]).unflatten(-1, pooled.shape[:2])
+
+    def _projected(self, flat: Tensor, layer: int) -> Tensor:
+        bias = None if self.biases is None else self.biases[layer]
+        return torch.nn.functional.linear(flat, self.projections[layer], bias).unflatten(-1, (self.groups, -1))
+
+    def _rsqrt(self, keys: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+        return torch.rsqrt(norm.square_() / keys.shape[-1] + self.eps)
+
+
+class _Head(NamedTuple):
+    """The queries of the kept heads that read one key-value head of one layer."""
+
+    layer: int
+    group: int
+    panels: list[Tensor]  # [e or d, columns], each of whole tokens; together B * s * R columns, question by question
+    scales: Tensor | None  # [B * s], of int8 queries
+    weights: Tensor  # [s], alpha * scaling / temperature
+
+
+class LayerScorer:
+    """The components of the scores `per_head` and `mixture` for queries [B, L, H, R, e] and weights alpha [L, H].
+
+    kept: BoolTensor[L, H], heads that count (all where None): `strongest` chooses them. Attributes: form, and `passes_scalars`: whether
+    the scalars that `scalars` makes are wanted beside the vectors.
+    """
+
+    def __init__(
+        self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, form: str = "head_space", temperature: float = 1.0,
+        kept: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Raises ValueError for a form there is not, UserError for a scoring or a backbone that the form does not serve."""
+        if form not in FORMS:
+            raise ValueError(f"scorer '{form}'")
+        refuse(form, kind)
+        if form in ("reverse", "paper") and keys.biases is not None:
+            raise UserError(
+                f"retriever.search.scorer={form}: this backbone's k_proj has a bias, which queries cannot take over; take head_space"
+            )
+        if form == "int8" and queries.is_cuda:
+            raise UserError("retriever.search.scorer=int8 is for CPUs; take exact or cascade on a GPU")
+        self.form, self.keys = form, keys
+        self.passes_scalars = form == "reverse"
+        self.questions, self.layers, _, self.tokens, _ = queries.shape
+        self.components = self.layers if kind == "mixture" else 1
+        self._work: Tensor | None = None
+        factors = weights.detach().float().to(queries.device) * (keys.scaling / temperature)
+        self._heads = [made for layer in range(self.layers) for made in self._of_layer(queries[:, layer], layer, factors[layer], kept)]
+
+    def _of_layer(self, queries: Tensor, layer: int, weights: Tensor, kept: Tensor | None) -> Iterator[_Head]:
+        groups = self.keys.groups
+        shared = queries.shape[1] // groups
+        scaled = queries.detach() * self.keys.gains[layer].to(queries.dtype)
+        for group in range(groups):
+            heads = [head for head in range(group * shared, (group + 1) * shared) if kept is None or bool(kept[layer, head])]
+            if not heads:
+                continue
+            mine = scaled[:, heads]  # [B, s, R, e]
+            if self.form in ("reverse", "paper"):
+                mine = mine @ self.keys.projections[layer].unflatten(0, (groups, -1))[group].to(mine.dtype)
+            scales = None
+            if self.form == "int8":
+                scales = mine.float().abs().amax(dim=(2, 3)).clamp(min=_TINY) / INT8
+                mine = (mine / scales[..., None, None]).round().to(torch.int8)
+                scales = scales.flatten()
+            flat = mine.reshape(-1, mine.shape[-1])
+            step = flat.shape[0] if flat.is_cuda else max(1, COLUMNS // self.tokens) * self.tokens
+            panels = [part.contiguous().T for part in flat.split(step)]
+            yield _Head(layer, group, panels if self.form == "int8" else [p.contiguous() for p in panels], scales, weights[heads])
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def __call__(self, pooled: Tensor, scalars: Tensor | None = None) -> Tensor:
+        """pooled [N, P, d] on the queries' device, scalars [L, G, N, P] (`reverse`; made here where they are not given) -> [B, C, N]."""
+        total = torch.zeros(self.components, len(pooled), self.questions, device=pooled.device)
+        step = len(pooled) if pooled.is_cuda else PART
+        for first in range(0, len(pooled), max(1, step)):
+            rows = slice(first, first + step)
+            self._add(total[:, rows], pooled[rows], None if scalars is None else scalars[:, :, rows])
+        return total.permute(2, 0, 1)
+
+    def _add(self, total: Tensor, pooled: Tensor, scalars: Tensor | None) -> None:
+        count, length = pooled.shape[:2]
+        dtype = self.keys.projections.dtype
+        flat = pooled.reshape(count * length, -1).to(dtype)
+        own = torch.rsqrt(pooled.float().square().mean(dim=-1) + self.keys.eps) if self.form == "paper" else None
+        made = -1
+        keys, scale = flat, None
+        for head in self._heads:
+            fresh, made = head.layer != made, head.layer
+            if self.form in ("head_space", "int8"):
+                if fresh:
+                    projected = self.keys.normed(flat, head.layer)
+                keys = projected[:, head.group]
+                if self.form == "int8":
+                    keys, scale = quantized(keys, length)
+            elif self.form == "reverse":
+                if fresh:
+                    factors = self.keys.rho(flat, head.layer) if scalars is None else scalars[head.layer]
+                own = factors[head.group]
+            sums = self._sums(keys, head, length, None if own is None else own.reshape(-1, 1).to(dtype))
+            if scale is not None:
+                sums = sums * scale[:, None]
+            total[head.layer if self.components > 1 else 0] += sums.view(count, self.questions, -1) @ head.weights
+
+    def _sums(self, keys: Tensor, head: _Head, length: int, factors: Tensor | None) -> Tensor:
+        """sum_r max_p of keys [n * P, w] against the columns of a head -> [n, B * s] float32."""
+        count, tokens = len(keys) // length, self.tokens
+        integer = keys.dtype == torch.int8
+        sums = torch.empty(count, sum(panel.shape[1] for panel in head.panels) // tokens, device=keys.device)
+        place = 0
+        for panel in head.panels:
+            width = panel.shape[1]
+            step = _step(length, width, count, keys.is_cuda)
+            product, maxima = self._buffers(step, length, width, torch.int32 if integer else keys.dtype, keys.device)
+            for first in range(0, count, step):
+                n = min(step, count - first)
+                rows = keys[first * length : (first + n) * length]
+                here, best = product[: n * length], maxima[:n]
+                torch._int_mm(rows, panel, out=here) if integer else torch.mm(rows, panel, out=here)
+                if factors is not None:
+                    here.mul_(factors[first * length : (first + n) * length])
+                torch.amax(here.view(n, length, width), dim=1, out=best)
+                kind = torch.int32 if integer else torch.float32
+                sums[first : first + n, place : place + width // tokens] = best.view(n, -1, tokens).sum(dim=2, dtype=kind)
+            place += width // tokens
+        return sums if head.scales is None else sums * head.scales
+
+    def _buffers(self, step: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For a product and its maxima; the same memory each time, which is in the cache and mapped already."""
+        size = step * length * width
+        if self._work is None or len(self._work) < size + step * width:
+            self._work = torch.empty(size + step * width, dtype=dtype, device=device)
+        return self._work[:size].view(-1, width), self._work[size : size + step * width].view(-1, width)
+
+
+class Linear:
+    """A cheap stand-in for the components of `per_head` and `mixture`: of a chunk only the mean of its vectors.
+
+    With one vector a chunk there is no maximum, so tokens and heads sum into one query vector for each layer and key-value head: what is
+    left is the keys of one vector a chunk instead of P, and H R / G times fewer products for each. Called as LayerScorer.
+    """
+
+    def __init__(self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, temperature: float = 1.0) -> None:
+        """Raises UserError for a scoring it does not serve."""
+        refuse("linear", kind)
+        self.keys = keys
+        layers = queries.shape[1]
+        factors = weights.detach().float().to(queries.device) * (keys.scaling / temperature)
+        summed = queries.detach().float().sum(dim=3) * factors[None, :, :, None] * keys.gains[None, :, None]  # [B, L, H, e]
+        grouped = summed.unflatten(2, (keys.groups, -1)).sum(dim=3)  # [B, L, G, e]
+        self._columns = [grouped[:, layer].flatten(1).T.contiguous().to(keys.projections.dtype) for layer in range(layers)]
+        self.questions, self.components = len(queries), layers if kind == "mixture" else 1
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """pooled [N, P, d] -> [B, C, N] float32."""
+        total = torch.zeros(self.components, len(pooled), self.questions, device=pooled.device)
+        means = pooled.float().mean(dim=1).to(self.keys.projections.dtype)
+        for layer, columns in enumerate(self._columns):
+            total[layer if self.components > 1 else 0] += self.keys.normed(means, layer).flatten(1) @ columns
+        return total.permute(2, 0, 1)
+
+
+def _step(length: int, width: int, count: int, cuda: bool) -> int:
+    """Chunks of a product; on a CPU a power of two, so that it divides PART."""
+    if cuda:
+        return max(1, min(count, scoring.GPU_BLOCK // (length * width)))
+    return min(PART, int(2 ** max(0, (PRODUCT // (length * width)).bit_length() - 1)))
+
+
+def quantized(keys: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys [n * P, e] in integers, with one scale for the P vectors of a chunk: (int8 [n * P, e], float32 [n])."""
+    chunks = keys.reshape(-1, length * keys.shape[-1]).float()
+    scale = torch.maximum(chunks.amax(dim=1), -chunks.amin(dim=1)).clamp(min=_TINY) / INT8
+    return (chunks / scale[:, None]).round_().to(torch.int8).view(keys.shape), scale
+
+
+def refuse(form: str, kind: str) -> None:
+    """Raises UserError where a scorer does not serve a scoring."""
+    if kind == "mixed":
+        raise UserError(f"retriever.search.scorer={form} does not serve retriever.scoring=mixed, which has one form; take exact")

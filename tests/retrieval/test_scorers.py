@@ -1,0 +1,116 @@
+"""The scorers of a search against the naive one and against each other; blocks, tiles and head counts change no bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from intra.backbone.model import Backbone
+from intra.errors import UserError
+from intra.retrieval import scorers
+from intra.retrieval.scorers import Keys, LayerScorer, Linear
+
+from .conftest import MemoryStore
+from .test_scoring import naive
+
+each_kind = pytest.mark.parametrize("kind", ["per_head", "mixture"])
+
+
+@pytest.fixture
+def keys(backbone: Backbone) -> Keys:
+    return Keys.of(backbone)
+
+
+@each_kind
+@pytest.mark.parametrize("form", ["head_space", "reverse"])
+def test_the_exact_forms_equal_the_naive_scorer(
+    kind: str,
+    form: str,
+    backbone: Backbone,
+    keys: Keys,
+    store: MemoryStore,
+    queries: Tensor,
+    weights: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = naive(kind, queries, store.vectors, backbone, weights)
+    for product, part, columns in ((2**20, 512, 1024), (1, 4, 5), (200, 8, 10)):
+        monkeypatch.setattr(scorers, "PRODUCT", product)
+        monkeypatch.setattr(scorers, "PART", part)
+        monkeypatch.setattr(scorers, "COLUMNS", columns)
+        scorer = LayerScorer(queries, keys, weights, kind, form=form, temperature=0.5)
+        found = scorer(store.vectors)
+        assert found.shape == expected.shape
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double() * 0.5, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(scorer(store.vectors, keys.scalars(store.vectors)), found)
+
+
+@each_kind
+def test_the_papers_form_has_its_norm_before_the_projection(
+    kind: str, backbone: Backbone, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor
+) -> None:
+    pooled = store.vectors.double()
+    pooled = pooled / (pooled.square().mean(dim=-1, keepdim=True) + keys.eps).sqrt()
+    expected = torch.zeros(3, backbone.layers, len(store), dtype=torch.float64)
+    for layer in range(backbone.layers):
+        projected = (pooled @ keys.projections[layer].double().T).unflatten(-1, (backbone.kv_heads, -1)) * keys.gains[layer].double()
+        for head in range(backbone.heads):
+            group = head // (backbone.heads // backbone.kv_heads)
+            logits = torch.einsum("bre,npe->bnrp", queries[:, layer, head].double(), projected[:, :, group]) * backbone.scaling
+            expected[:, layer] += weights[layer, head].double() * logits.amax(dim=3).sum(dim=2)
+    expected = expected if kind == "mixture" else expected.sum(dim=1, keepdim=True)
+    found = LayerScorer(queries, keys, weights, kind, form="paper")(store.vectors)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    exact = LayerScorer(queries, keys, weights, kind)(store.vectors)
+    assert (found - exact).abs().max() > 0.1 * exact.std()  # another score, by no rounding
+
+
+@each_kind
+def test_integers_come_close(kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor) -> None:
+    exact = LayerScorer(queries, keys, weights, kind)(store.vectors)
+    found = LayerScorer(queries, keys, weights, kind, form="int8")(store.vectors)
+    assert 0 < (found - exact).abs().max() < 0.1 * exact.std()
+
+
+def test_one_scale_a_chunk_commutes_with_the_maximum(keys: Keys) -> None:
+    """Integers against integers: what is lost is lost in rounding, nothing in the maximum."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4 * 3, 8, generator=generator) * torch.tensor([1e-3, 1.0, 50.0, 0.0]).repeat_interleave(3)[:, None]
+    values, scale = scorers.quantized(vectors, 3)
+    assert values.abs().max() == 127
+    assert values.view(4, -1).abs().amax(dim=1).tolist() == [127, 127, 127, 0]
+    torch.testing.assert_close(values.float() * scale.repeat_interleave(3)[:, None], vectors, rtol=0, atol=float(scale.max()) / 2)
+
+
+@each_kind
+def test_heads_left_out_count_nothing(kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor) -> None:
+    kept = torch.zeros(weights.shape, dtype=torch.bool)
+    kept[0, 1] = kept[1, 3] = True
+    found = LayerScorer(queries, keys, weights, kind, kept=kept)(store.vectors)
+    torch.testing.assert_close(found, LayerScorer(queries, keys, weights * kept, kind)(store.vectors))
+
+
+@pytest.mark.parametrize("form", scorers.FORMS)
+def test_rows_of_a_pool_score_alike_in_any_aligned_tile(form: str, keys: Keys, queries: Tensor, weights: Tensor) -> None:
+    pooled = torch.randn(2 * scorers.ALIGN + 300, 3, 32, generator=torch.Generator().manual_seed(0))
+    scorer = LayerScorer(queries, keys, weights, "per_head", form=form)
+    whole = scorer(pooled)
+    assert torch.equal(torch.cat([scorer(part) for part in pooled.split(scorers.ALIGN)], dim=2), whole)
+
+
+@each_kind
+def test_linear_is_exact_where_a_chunk_has_one_vector(kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor) -> None:
+    found = Linear(queries, keys, weights, kind, temperature=0.5)(store.vectors)
+    means = store.vectors.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(found, LayerScorer(queries, keys, weights, kind, temperature=0.5)(means), rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_form_does_not_serve_is_refused(keys: Keys, queries: Tensor, weights: Tensor) -> None:
+    with pytest.raises(UserError, match=r"search.scorer=int8 does not serve retriever.scoring=mixed"):
+        LayerScorer(queries, keys, weights, "mixed", form="int8")
+    with pytest.raises(UserError, match="linear does not serve"):
+        Linear(queries, keys, weights, "mixed")
+    with pytest.raises(ValueError, match="scorer 'sum'"):
+        LayerScorer(queries, keys, weights, "per_head", form="sum")
