@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from intra import storage
 from intra.data import files
-from intra.data.raw import Item, Mistakes, Passage, RawQuestion, items
+from intra.data.raw import Item, Mistakes, Passage, RawQuestion, items, named_twice
 from intra.data_config import DataConfig, FileConfig
 from intra.errors import UserError
 
@@ -42,12 +42,9 @@ class Layout:
 def layout(data: DataConfig) -> Layout:
     """Finds the files. Raises UserError: no such folder, a file that is missing, a benchmark that is not this folder's."""
     path = data.path or ""
-    folder = storage.absolute(path)
+    folder, present = files.listing(data, "corpus.jsonl, queries.jsonl and qrels/")
     # The name as the user wrote it: a link's own name, not its target's.
     benchmark = folder.rpartition("/")[2] if storage.is_s3(path) else os.path.basename(os.path.abspath(path.removeprefix("file://")))
-    present = storage.names(folder)
-    if not present:
-        raise UserError(f"data.path={data.path}: no such folder, or an empty one; it must hold corpus.jsonl, queries.jsonl and qrels/")
     if data.benchmarks is not None and data.benchmarks != [benchmark]:
         raise UserError(f"data.benchmarks={data.benchmarks}: the folder {folder} holds the one benchmark '{benchmark}'; remove the key")
     names = {}
@@ -108,7 +105,7 @@ def read_questions(found: Layout, mistakes: Mistakes) -> Iterator[Item]:
         place = storage.join(found.folder, name)
         gold = _read_qrels(place, mistakes)
         if not gold:
-            mistakes.add(UserError(f"{place}: no line with a score above 0; a split needs at least one gold passage"))
+            mistakes.add(UserError(f"{place}: no line with a score above 0; a split needs at least one gold passage"), whole=True)
         for query_id, (judged_at, corpus_ids) in gold.items():
             if query_id not in queries:
                 mistakes.add(UserError(f"{judged_at}: query '{query_id}' is not in {url}; add it there or remove the line"))
@@ -121,11 +118,16 @@ def read_questions(found: Layout, mistakes: Mistakes) -> Iterator[Item]:
 
 def equivalents(found: Layout) -> list[tuple[str, ...]]:
     """The groups of passages of which either counts as a hit, where the queries state them ("metadata.gold")."""
+    if not found.qrels:
+        return []
     groups: dict[tuple[str, ...], None] = {}
-    for where, record in files.records(storage.join(found.folder, found.queries)):
-        stated = _metadata(record, where).get("gold")
-        groups |= {tuple(group): None for group in stated or [] if isinstance(group, list) and len(group) > 1}
-    return list(groups)
+    told = Mistakes(skip=True)  # what is wrong in the queries, their first reading has said
+    for where, query in _queries(found, told).values():
+        try:
+            groups |= {tuple(group): None for group in _gold(query, where) or [] if len(group) > 1}
+        except UserError as error:
+            told.add(error)
+    return [tuple(found.prefix + name for name in group) for group in groups]
 
 
 def _queries(found: Layout, mistakes: Mistakes) -> dict[str, tuple[str, files.Record]]:
@@ -134,7 +136,7 @@ def _queries(found: Layout, mistakes: Mistakes) -> dict[str, tuple[str, files.Re
         try:
             query_id = files.identifier(record, "_id", where)
             if query_id in queries:
-                raise UserError(f"{where}: question id '{query_id}' stands already at {queries[query_id][0]}; remove one or rename it")
+                raise named_twice("question", query_id, queries[query_id][0], where)
         except UserError as error:
             mistakes.add(error)
             continue
@@ -150,11 +152,9 @@ def _metadata(record: files.Record, where: str) -> files.Record:
 
 
 def _question(found: Layout, split: str, query_id: str, where: str, record: files.Record, judged: tuple[str, ...]) -> RawQuestion:
-    metadata = _metadata(record, where)
-    gold_ids = judged
-    if "gold" in metadata:
-        groups = files.listed(metadata, "gold", where, "group of passage ids")
-        if not all(isinstance(group, list) and group for group in groups) or {name for group in groups for name in group} != set(judged):
+    metadata, groups, gold_ids = _metadata(record, where), _gold(record, where), judged
+    if groups is not None:
+        if {name for group in groups for name in group} != set(judged):
             raise UserError(f"{where}: 'metadata.gold' must be lists of the passage ids that the qrels name, no more and no less")
         gold_ids = tuple(group[0] for group in groups)
     return RawQuestion(
@@ -169,6 +169,15 @@ def _question(found: Layout, split: str, query_id: str, where: str, record: file
         gold_source=files.string(metadata, "gold_source", where, default="annotated"),
         where=where,
     )
+
+
+def _gold(record: files.Record, where: str) -> list[tuple[str, ...]] | None:
+    """The groups of "metadata.gold"; None where it is not stated."""
+    metadata = _metadata(record, where)
+    if "gold" not in metadata:
+        return None
+    groups = files.listed(metadata, "gold", where, "group of passage ids")
+    return [files.strings({"metadata.gold": group}, "metadata.gold", where, "passage id") for group in groups]
 
 
 def _answers(record: files.Record, metadata: files.Record, where: str) -> tuple[str, ...]:
@@ -189,11 +198,11 @@ def _read_qrels(url: str, mistakes: Mistakes) -> dict[str, tuple[str, list[str]]
         cells = [cell.strip() for cell in text.split("\t")]
         try:
             if len(cells) != 3:
-                raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {text[:80]!r}")
+                raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {text[:80]!r}; mend the line")
             positive = float(cells[2]) > 0
         except ValueError:
             if index:  # else the header
-                mistakes.add(UserError(f"{where}: the score '{cells[2]}' is not a number"))
+                mistakes.add(UserError(f"{where}: the score '{cells[2]}' is not a number; mend the line"))
             continue
         except UserError as error:
             mistakes.add(error)

@@ -36,6 +36,8 @@ Reader = Callable[[str, Record, FileConfig], Iterator[Item]]
 
 def clara(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:
     """A `pretraining` row makes one question for each pair, all about the row's documents; an `e2e` row makes one."""
+    if record.get("data_type") == "paraphrase":
+        raise LeftOut("CLaRa paraphrases, which ask nothing")
     documents = [_clara_document(text, where, entry) for text in files.strings(record, "docs", where, "document")]
     if isinstance(record.get("question"), list):
         kind = files.string(record, "data_type", where, default="qa")
@@ -47,8 +49,6 @@ def clara(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:
         for question, answer in zip(questions, answers, strict=True):
             yield _question(where, entry, "", question, (answer,), _ids(documents), len(documents), kind)
         return
-    if record.get("data_type") == "paraphrase":
-        raise LeftOut("CLaRa paraphrases, which ask nothing")
     question = files.string(record, "question", where)
     found = [key for key in ("answer", "answers", "golden_answers") if record.get(key) is not None]
     if not found:
@@ -124,9 +124,9 @@ def musique(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:
     gold = []
     for step in steps:
         support = step.get("paragraph_support_idx") if isinstance(step, dict) else None
-        if support not in passages:
-            raise UserError(f"{where}: 'question_decomposition' names the paragraph {support!r} (paragraph_support_idx), out of range: "
-                            f"'paragraphs' has idx 0 to {max(passages)}")  # fmt: skip
+        if type(support) is not int or support not in passages:
+            raise UserError(f"{where}: 'question_decomposition' names the paragraph {str(support)[:80]} (paragraph_support_idx), out of "
+                            f"range: 'paragraphs' has idx {min(passages)} to {max(passages)}; mend it")  # fmt: skip
         gold.append(passages[support].passage_id)
     name = files.identifier(record, "id", where)
     aliases = files.strings(record, "answer_aliases", where, "alias") if record.get("answer_aliases") else ()

@@ -5,6 +5,7 @@ Texts stay in the shards that `stages.Scan` wrote; a million candidates are abou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from intra.data import stages
+from intra.data import raw, stages
 from intra.data.raw import TITLE, Mistakes, RawQuestion
 from intra.errors import UserError
 
@@ -91,8 +92,10 @@ def load(scans: Iterable[Mapping[str, object]], work: str, own_ids: Sequence[boo
     again = np.zeros(len(ids), dtype=bool)
     if len(ids) > 1:
         again[1:] = pc.equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    places = functools.lru_cache(64)(lambda url: stages.get(url, ["where"])["where"])
     for position in np.flatnonzero(again & own):
-        _named_twice(ids[int(position)].as_py(), [(shards[shard[at]], int(row[at])) for at in (position - 1, position)], mistakes)
+        first_read, second_read = (places(shards[shard[at]])[int(row[at])].as_py() for at in (position - 1, position))
+        mistakes.add(raw.named_twice("passage", ids[int(position)].as_py(), first_read, second_read))
     first = np.flatnonzero(~again)
     kept = order[first]
     keys = np.frombuffer(b"".join(whole["key"].take(kept).to_pylist()), dtype=np.uint64).reshape(-1, 2) if deduplicate else None
@@ -122,11 +125,10 @@ def resolve_titles(questions: Sequence[RawQuestion], candidates: Candidates, mis
     names = pa.array(sorted(wanted), pa.string())
     for number, shard in enumerate(candidates.shards):
         titles = stages.get(shard, ["title"])["title"]
-        here = np.flatnonzero(candidates.shard == number)
-        place = dict(zip(candidates.row[here].tolist(), here.tolist(), strict=True))
-        for row in np.flatnonzero(pc.is_in(titles, value_set=names).to_numpy(zero_copy_only=False)):
-            if int(row) in place:
-                found.setdefault(titles[int(row)].as_py(), set()).add(int(candidates.canonical[place[int(row)]]))
+        rows = np.flatnonzero(pc.is_in(titles, value_set=names).to_numpy(zero_copy_only=False))
+        for row, place in zip(rows.tolist(), candidates.position(number, rows).tolist(), strict=True):
+            if place >= 0:
+                found.setdefault(titles[row].as_py(), set()).add(int(candidates.canonical[place]))
     resolved = []
     for question in questions:
         try:
@@ -170,11 +172,3 @@ def _canonical(keys: npt.NDArray[np.uint64]) -> Rows:
     canonical = np.empty(len(keys), dtype=np.int64)
     canonical[order] = order[fresh][group]
     return canonical
-
-
-def _named_twice(name: str, places: Sequence[tuple[str, int]], mistakes: Mistakes) -> None:
-    first, second = (str(stages.get(shard, ["where"])["where"][row].as_py()) for shard, row in places)
-    if first and first == second:  # one folder read for several splits
-        return
-    there = f" stands already at {first}" if first else " stands twice"
-    mistakes.add(UserError(f"{second or 'passage'}: passage id '{name}'{there}; ids are unique over all files: remove one or rename it"))

@@ -32,7 +32,7 @@ def psgs(url: str, entry: FileConfig, mistakes: Mistakes) -> Iterator[Passage]:
     rows = files.lines(url, mistakes)
     where, header = next(rows, (f"{url}:1", ""))
     if header.split("\t") != HEADER:
-        mistakes.add(UserError(f"{where}: expected the header {', '.join(HEADER)} between tabs, found {header[:80]!r}"))
+        mistakes.add(UserError(f"{where}: expected the header {', '.join(HEADER)} between tabs, found {header[:80]!r}; add it"), whole=True)
         return
 
     def parse(where: str, line: str) -> Iterator[Passage]:
@@ -49,7 +49,7 @@ def psgs(url: str, entry: FileConfig, mistakes: Mistakes) -> Iterator[Passage]:
         count += 1
         yield passage  # type: ignore[misc]
     if not count:
-        mistakes.add(UserError(f"{url}: holds no passages; fetch it again or remove it"))
+        mistakes.add(UserError(f"{url}: holds no passages; fetch it again or remove it"), whole=True)
 
 
 def parquet(url: str, entry: FileConfig, mistakes: Mistakes) -> Iterator[Passage]:
@@ -68,10 +68,10 @@ def parquet(url: str, entry: FileConfig, mistakes: Mistakes) -> Iterator[Passage
                 records = [(f"{url}:{number + index}", record) for index, record in enumerate(_rows(url, number, batch), 1)]
                 number += batch.num_rows
                 yield from items(records, lambda where, record: iter([_passage(record, where, entry)]), mistakes)  # type: ignore[misc]
-    except pa.ArrowException as error:
-        mistakes.add(UserError(f"{url}: not a sound Parquet file ({' '.join(str(error).split())[:120]}); fetch it again"))
+    except (pa.ArrowException, OSError) as error:  # the second from a damaged page
+        mistakes.add(UserError(f"{url}: not a sound Parquet file ({' '.join(str(error).split())[:120]}); fetch it again"), whole=True)
     except UserError as error:
-        mistakes.add(error)
+        mistakes.add(error, whole=True)
 
 
 def passages(url: str, entry: FileConfig, mistakes: Mistakes) -> Iterator[Passage]:

@@ -17,11 +17,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from intra import storage
+from intra import cli, storage
 from intra.artifact import Artifact
 from intra.data import schema
 from intra.data.schema import Question
-from intra.errors import UserError, WorkflowError
+from intra.errors import UserError
 
 HEADER = "query-id\tcorpus-id\tscore"
 
@@ -71,18 +71,14 @@ def _lines(lines: Iterable[str]) -> bytes:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line. Exit status: 0 done, 1 failed, 2 the user's mistake."""
-    try:
+
+    def work() -> str:
         if len(arguments) != 2:
             raise UserError("usage: python -m intra.data.export DATASET FOLDER")
         export(*arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WorkflowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(storage.absolute(arguments[1]))
-    return 0
+        return storage.absolute(arguments[1])
+
+    return cli.status(work)
 
 
 if __name__ == "__main__":

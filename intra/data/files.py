@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -21,12 +22,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from intra import storage
 from intra.data.raw import Mistakes
+from intra.data_config import DataConfig
 from intra.errors import UserError, WorkflowError
 
 Record = dict[str, Any]
 
 PACKED = ("", ".gz", ".zst")
 BLOCK = 1 << 20  # bytes read at once
+MARK = b"\xef\xbb\xbf"  # of UTF-8, which some programs write before the first line
 LARGEST = 64 << 20  # characters of one record of a JSON array
 STOP = Mistakes()  # raises every mistake
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
@@ -37,6 +40,17 @@ _DECODER = json.JSONDecoder()
 def kind(value: object) -> str:
     """The JSON name of a value's type, for messages."""
     return _KINDS.get(type(value), type(value).__name__)
+
+
+def listing(data: DataConfig, holds: str) -> tuple[str, list[str]]:
+    """The URL of `data.path` and the names in it. Raises UserError where it is a file, absent or empty; `holds`: what should be there."""
+    url = storage.absolute(data.path or "")
+    if not storage.is_s3(url) and os.path.isfile(url):
+        raise UserError(f"data.path={data.path}: is a file; name the folder that it lies in")
+    names = storage.names(url)
+    if not names:
+        raise UserError(f"data.path={data.path}: no such folder, or an empty one; it must hold {holds}")
+    return url, names
 
 
 def either(folder: str, name: str, present: list[str]) -> str | None:
@@ -101,15 +115,15 @@ def lines(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, str]]:
         with unpacked(url) as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    text = line.decode().rstrip("\r\n")
+                    text = (line.removeprefix(MARK) if number == 1 else line).decode().rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     remedy = "convert the file, or name it .gz or .zst if it is packed"
                     mistakes.add(UserError(f"{url}:{number}: not UTF-8 ({error.reason}); {remedy}"))
                     continue
                 if text.strip():
                     yield f"{url}:{number}", text
-    except UserError as error:  # of the file as a whole: what was read of it before stands
-        mistakes.add(error)
+    except UserError as error:  # what was read of the file before stands
+        mistakes.add(error, whole=True)
 
 
 def records(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]:
@@ -132,12 +146,12 @@ def objects(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]
     """
     try:
         with unpacked(url) as stream:
-            start = stream.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n")
+            start = stream.read(BLOCK).removeprefix(MARK).lstrip(b" \t\r\n")
     except UserError as error:
-        mistakes.add(error)
+        mistakes.add(error, whole=True)
         return
     if not start:
-        mistakes.add(UserError(f"{url}: is empty; fetch it again or remove it"))
+        mistakes.add(UserError(f"{url}: is empty; fetch it again or remove it"), whole=True)
         return
     yield from _array(url, mistakes) if start.startswith(b"[") else records(url, mistakes)
 
@@ -165,7 +179,7 @@ def _array(url: str, mistakes: Mistakes) -> Iterator[tuple[str, Record]]:
                 try:
                     _whole(raw, where)
                     if not isinstance(value, dict):
-                        raise UserError(f"{where}: expected a JSON object, found {kind(value)}")
+                        raise UserError(f"{where}: expected a JSON object, found {kind(value)}; mend the list")
                 except UserError as error:
                     mistakes.add(error)
                 else:
@@ -173,7 +187,7 @@ def _array(url: str, mistakes: Mistakes) -> Iterator[tuple[str, Record]]:
             if text.next():
                 raise UserError(f"{url}:{text.line}: something stands behind the end of the list; fetch the file again")
     except UserError as error:
-        mistakes.add(error)
+        mistakes.add(error, whole=True)
 
 
 def _whole(raw: str, where: str) -> None:
@@ -250,11 +264,9 @@ def parse(where: str, text: str) -> Any:
 
 def string(record: Record, key: str, where: str, *, default: str | None = None, blank: bool = False) -> str:
     """The string `record[key]`; `default` (if given) where it is absent or null. A blank one is a UserError unless allowed."""
-    value = record.get(key, default)
-    if value is None and default is not None:
-        value = default
-    if key not in record and default is None:
-        raise UserError(f"{where}: '{key}' is missing; found the fields {', '.join(sorted(record)) or 'none'}")
+    value = record.get(key)
+    if value is None:
+        value = _present(record, key, where) if default is None else default
     return _sound(value, key, where, blank)
 
 
@@ -268,52 +280,49 @@ def identifier(record: Record, key: str, where: str) -> str:
 
 def strings(record: Record, key: str, where: str, meaning: str) -> tuple[str, ...]:
     """The list of strings `record[key]`, with at least one and none blank; `meaning` says what one of them is."""
-    if key not in record:
-        raise UserError(f"{where}: '{key}' is missing; found the fields {', '.join(sorted(record)) or 'none'}")
-    values = record[key]
-    if not isinstance(values, list):
-        raise UserError(f"{where}: '{key}' must be a list of strings, found {kind(values)}")
-    if not values:
-        raise UserError(f"{where}: '{key}' is empty; a question needs at least one {meaning}: add it or remove the question")
-    return tuple(_sound(value, key, where, False) for value in values)
+    return tuple(_sound(value, key, where, False) for value in listed(record, key, where, meaning))
 
 
 def listed(record: Record, key: str, where: str, meaning: str) -> list[Any]:
     """The list `record[key]`, with at least one element; `meaning` says what one of them is."""
-    if key not in record:
-        raise UserError(f"{where}: '{key}' is missing; found the fields {', '.join(sorted(record)) or 'none'}")
-    values = record[key]
+    values = _present(record, key, where)
     if not isinstance(values, list):
-        raise UserError(f"{where}: '{key}' must be a list, found {kind(values)}")
+        raise UserError(f"{where}: '{key}' must be a list (of at least one {meaning}), found {kind(values)}")
     if not values:
-        raise UserError(f"{where}: '{key}' is empty; it needs at least one {meaning}")
+        raise UserError(f"{where}: '{key}' is empty; it needs at least one {meaning}: add it or remove the record")
     return values
 
 
 def index(value: object, size: int, key: str, where: str) -> int:
     """`value` as an index into a list of `size` elements, counted from 0."""
     if type(value) is not int:
-        raise UserError(f"{where}: '{key}' must hold whole numbers, found {value!r}")
+        raise UserError(f"{where}: '{key}' must hold whole numbers, found {repr(value)[:80]}")
     if not 0 <= value < size:
-        raise UserError(f"{where}: '{key}' holds the index {value}, out of range: there are {size}, counted from 0")
+        raise UserError(f"{where}: '{key}' holds the index {value}, out of range: there are {size}, counted from 0; mend or remove it")
     return value
 
 
 def integer(record: Record, key: str, where: str, *, default: int) -> int:
-    """The whole number `record[key]`, at least 1; `default` where it is absent or null."""
+    """The whole number `record[key]`, at least 1, of 31 bits; `default` where it is absent or null."""
     value = record.get(key)
     if value is None:
         return default
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where}: '{key}' must be a whole number of at least 1, found {value!r}")
+    if type(value) is not int or not 1 <= value < 1 << 31:
+        raise UserError(f"{where}: '{key}' must be a whole number of at least 1 (and below 2^31), found {repr(value)[:80]}")
     return value
+
+
+def _present(record: Record, key: str, where: str) -> Any:
+    if key not in record:
+        raise UserError(f"{where}: '{key}' is missing; found the fields {', '.join(sorted(record)) or 'none'}")
+    return record[key]
 
 
 def _sound(value: object, key: str, where: str, blank: bool) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: '{key}' must be a string, found {kind(value)}")
     if not blank and not value.strip():
-        raise UserError(f"{where}: '{key}' is empty; fill it or remove the line")
+        raise UserError(f"{where}: '{key}' is empty; fill it or remove the record")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can write half a surrogate pair, which no UTF-8 file can hold

@@ -38,10 +38,7 @@ class Layout:
 
 def layout(data: DataConfig) -> Layout:
     """Finds the files. Raises UserError: no such folder, a file or glob without a match, no questions of a benchmark or split."""
-    folder = storage.absolute(data.path or "")
-    present = storage.names(folder)
-    if not present:
-        raise UserError(f"data.path={data.path}: no such folder, or an empty one; it must hold passage files and questions/")
+    folder, present = files.listing(data, "passage files and questions/")
     return Layout(folder, _passages(data, folder, present), _questions(data, folder), files.either(folder, EQUIVALENT, present))
 
 
@@ -53,17 +50,21 @@ def read(data: DataConfig, part: int, mistakes: Mistakes) -> Iterator[Item]:
     return _read_questions(found.folder, *found.questions[part - len(found.passages)], mistakes)
 
 
-def equivalents(data: DataConfig) -> list[tuple[str, ...]]:
+def equivalents(data: DataConfig, mistakes: Mistakes) -> list[tuple[str, ...]]:
     """The groups of equivalent passage ids; none where the file is absent."""
     found = layout(data)
     if found.equivalent is None:
         return []
     groups = []
-    for where, text in files.lines(storage.join(found.folder, found.equivalent)):
-        group = files.parse(where, text)
-        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(item, str) for item in group):
-            raise UserError(f'{where}: expected a list of passage ids such as ["a", "b"], found {text[:80]}')
-        groups.append(tuple(group))
+    for where, text in files.lines(storage.join(found.folder, found.equivalent), mistakes):
+        try:
+            group = files.parse(where, text)
+            if not isinstance(group, list) or len(group) < 2 or not all(isinstance(item, str) for item in group):
+                raise UserError(f'{where}: expected a list of passage ids such as ["a", "b"], found {text[:80]}')
+        except UserError as error:
+            mistakes.add(error)
+        else:
+            groups.append(tuple(group))
     return groups
 
 
@@ -159,4 +160,4 @@ def _read_questions(folder: str, name: str, benchmark: str, split: str, mistakes
         empty = False
         yield question
     if empty:
-        mistakes.add(UserError(f"{storage.join(folder, name)}: holds no questions; remove it or fill it"))
+        mistakes.add(UserError(f"{storage.join(folder, name)}: holds no questions; remove it or fill it"), whole=True)

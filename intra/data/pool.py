@@ -77,7 +77,7 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
     questions = check(read, choice.resolve_titles(questions, read, mistakes), needs_answers(config), mistakes)
     asked, questions_read = limit_questions(fair(questions, data), data.question_limit, config.seed), len(questions)
     del questions
-    groups = _equivalence(sources.equivalents(data), read)
+    groups = _equivalence(sources.equivalents(data, mistakes), read)
     if sources.digests(data) != digests:
         raise WorkflowError(f"{data.path}: a file changed while it was read; run the same command again")
 
@@ -117,9 +117,7 @@ def unique(questions: Iterable[RawQuestion], mistakes: Mistakes) -> list[RawQues
         if name == raw.hashed_id(question) and replace(question, where=first.where) == first:
             mistakes.left_out["questions that stand there twice, word for word"] += 1
             continue
-        place = f" stands already at {first.where}" if first.where else " stands twice"
-        where = question.where or "question"
-        mistakes.add(UserError(f"{where}: question id '{name}'{place}; ids are unique over all files: remove one or rename it"))
+        mistakes.add(raw.named_twice("question", name, first.where, question.where))
     return [found[name] for name in sorted(found)]
 
 

@@ -11,7 +11,9 @@ from typing import TypeVar
 from intra.errors import UserError
 
 LISTED = 1000  # mistakes kept word for word; all are counted
-TITLE = "title:"  # begins a gold id that names a passage by its title (`RawQuestion.gold_ids`)
+TITLE = "title: "  # begins a gold id that names a passage by its title (`RawQuestion.gold_ids`); no passage's id holds white space
+OR_SKIP = "data.on_error=skip leaves such records out, counted and listed"
+REST = "what follows in the file is left out"
 
 Record = TypeVar("Record")
 
@@ -55,12 +57,13 @@ class Mistakes:
     messages: list[str] = field(default_factory=list)  # the first LISTED
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, error: UserError) -> None:
+    def add(self, error: UserError, *, whole: bool = False) -> None:
+        """Of one record; `whole`: of a file, in which nothing further can be read."""
         if not self.skip:
-            raise error
+            raise error if whole else UserError(f"{error} ({OR_SKIP})")
         self.count += 1
         if len(self.messages) < LISTED:
-            self.messages.append(str(error))
+            self.messages.append(f"{error} ({REST})" if whole else str(error))
 
     def merge(self, count: int, messages: Iterable[str], left_out: dict[str, int]) -> None:
         """Takes over what another process has counted."""
@@ -80,6 +83,12 @@ def items(records: Iterable[tuple[str, Record]], parse: Callable[[str, Record], 
             mistakes.left_out[str(reason)] += 1
         else:
             yield from made
+
+
+def named_twice(kind: str, name: str, first: str, second: str) -> UserError:
+    """What is said of an id that stands at two places ("file:line")."""
+    there = f" stands already at {first}" if first else " stands twice"
+    return UserError(f"{second or kind}: {kind} id '{name}'{there}; ids are unique over all files: remove one or rename it")
 
 
 def hashed_id(question: RawQuestion) -> str:

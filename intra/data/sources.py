@@ -71,7 +71,7 @@ def read(data: DataConfig, seed: int, part: int, mistakes: Mistakes) -> Iterator
         layout = beir.layout(data)
         return beir.read_corpus(layout, mistakes) if part == 0 else beir.read_questions(layout, mistakes)
     if data.source == "files":
-        return _read_file(*entries(data)[part], mistakes)
+        return _read_file(data, part, mistakes)
     from intra.data import synthetic
 
     passages, questions = synthetic.generate(data.synthetic, seed)
@@ -88,11 +88,14 @@ def repeats(data: DataConfig, part: int) -> bool:
     return data.source == "files" and entries(data)[part][0].format in benchmarks.READERS
 
 
-def equivalents(data: DataConfig) -> list[tuple[str, ...]]:
+def equivalents(data: DataConfig, mistakes: Mistakes) -> list[tuple[str, ...]]:
     """Groups of passage ids of which any counts as a hit for any other."""
     if data.source == "jsonl":
-        return jsonl.equivalents(data)
-    return beir.equivalents(beir.layout(data)) if data.source == "beir" else []
+        return jsonl.equivalents(data, mistakes)
+    if data.source == "beir":
+        return beir.equivalents(beir.layout(data))
+    folders = [(entry, url) for entry, url in entries(data) if entry.format == "beir"]
+    return [group for entry, url in folders for group in beir.equivalents(beir.entry_layout(entry, url))]
 
 
 def entries(data: DataConfig) -> list[tuple[FileConfig, str]]:
@@ -122,10 +125,13 @@ def _files_of(entry: FileConfig, url: str) -> dict[str, str]:
     return {f"{entry.path}/{name}": storage.join(url, name) for name in beir.entry_layout(entry, url).names()}
 
 
-def _read_file(entry: FileConfig, url: str, mistakes: Mistakes) -> Iterator[Item]:
+def _read_file(data: DataConfig, part: int, mistakes: Mistakes) -> Iterator[Item]:
+    found = entries(data)
+    entry, url = found[part]
     if entry.format == "beir":
         layout = beir.entry_layout(entry, url)
-        yield from beir.read_corpus(layout, mistakes)
+        if not any((other.format, other.benchmark, place) == ("beir", entry.benchmark, url) for other, place in found[:part]):
+            yield from beir.read_corpus(layout, mistakes)  # once, of a folder that is named for each split
         yield from beir.read_questions(layout, mistakes)
     elif entry.format in corpora.READERS:
         yield from corpora.READERS[entry.format](url, entry, mistakes)

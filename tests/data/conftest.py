@@ -13,6 +13,7 @@ import pytest
 from intra import config as configuration
 from intra.artifact import Artifact
 from intra.config import Config
+from intra.data.raw import OR_SKIP, REST
 
 PASSAGES = [
     {"id": "p1", "title": "Lake Orla", "text": "Lake Orla lies north of the town of Brenn."},
@@ -34,6 +35,11 @@ def write_lines(path: Path, records: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in records).encode()
     path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+
+
+def bare(message: object) -> str:
+    """What is said of a mistake, without what can be done instead or what it costs."""
+    return str(message).removesuffix(f" ({OR_SKIP})").removesuffix(f" ({REST})")
 
 
 def make(path: Path | str | None, root: Path | str, *, tokenizer: str = "byte_bpe", vocabulary: int = 300, **data: Any) -> Config:

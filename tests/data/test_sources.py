@@ -30,7 +30,7 @@ def read(data: DataConfig) -> tuple[list[Passage], list[RawQuestion]]:
 def refused(data: DataConfig) -> str:
     def everything() -> None:
         read(data)
-        sources.equivalents(data)
+        sources.equivalents(data, Mistakes())
 
     with pytest.raises(UserError) as caught:
         everything()
@@ -49,7 +49,7 @@ def test_several_passage_files_make_one_pool(folder: Path) -> None:
     first = next(q for q in questions if q.question_id == "q1")
     assert (first.answers, first.gold_ids, first.hops, first.type) == (("Ada Moss",), ("p1", "p2"), 2, "bridge")
     assert first.where == f"{folder}/questions/lakes.train.jsonl.gz:1"
-    assert sources.equivalents(jsonl(folder)) == [("p2", "p4")]
+    assert sources.equivalents(jsonl(folder), Mistakes()) == [("p2", "p4")]
 
 
 def test_optional_fields_have_defaults(folder: Path) -> None:
@@ -80,10 +80,11 @@ def test_split_keys_name_the_files_and_give_the_role(folder: Path) -> None:
 
 def test_blank_lines_and_byte_order_are_no_matter(folder: Path) -> None:
     lines = (folder / "passages.b.jsonl").read_text().splitlines()
-    (folder / "passages.b.jsonl").write_bytes(("\n" + "\r\n\r\n".join(lines)).encode())
-    passages = read(jsonl(folder))[0]
-    assert len(passages) == len(PASSAGES)
-    assert passages[4].where.endswith("passages.b.jsonl:4")
+    for begin, line in (("\n", 4), ("\ufeff", 3)):  # some programs write the second before UTF-8
+        (folder / "passages.b.jsonl").write_bytes((begin + "\r\n\r\n".join(lines)).encode())
+        passages = read(jsonl(folder))[0]
+        assert len(passages) == len(PASSAGES)
+        assert passages[4].where.endswith(f"passages.b.jsonl:{line}")
 
 
 def test_digests_are_of_the_bytes_and_of_every_file(folder: Path) -> None:
@@ -246,15 +247,16 @@ def test_a_line_that_is_not_utf8(folder: Path) -> None:
         (question(question=" "), "'question' is empty"),
         (question(question=3), "'question' must be a string, found a number"),
         (question(answers=...), "'answers' is missing"),
-        (question(answers=[]), "'answers' is empty; a question needs at least one answer"),
+        (question(answers=[]), "'answers' is empty; it needs at least one answer"),
         (question(answers=[""]), "'answers' is empty"),
-        (question(answers="Ada"), "'answers' must be a list of strings, found a string"),
+        (question(answers="Ada"), "'answers' must be a list (of at least one answer), found a string"),
         (question(answers=[1]), "'answers' must be a string, found a number"),
         (question(gold_ids=...), "'gold_ids' is missing"),
-        (question(gold_ids=[]), "'gold_ids' is empty; a question needs at least one gold passage"),
-        (question(hops="2"), "'hops' must be a whole number of at least 1, found '2'"),
-        (question(hops=0), "'hops' must be a whole number of at least 1, found 0"),
-        (question(hops=True), "'hops' must be a whole number of at least 1, found True"),
+        (question(gold_ids=[]), "'gold_ids' is empty; it needs at least one gold passage"),
+        (question(hops="2"), "'hops' must be a whole number of at least 1 (and below 2^31), found '2'"),
+        (question(hops=0), "'hops' must be a whole number of at least 1 (and below 2^31), found 0"),
+        (question(hops=1 << 31), "'hops' must be a whole number of at least 1 (and below 2^31), found 2147483648"),
+        (question(hops=True), "'hops' must be a whole number of at least 1 (and below 2^31), found True"),
         (question(type=1), "'type' must be a string, found a number"),
         (question(benchmark="rivers"), "'benchmark' is 'rivers' in a file of 'lakes'"),
     ],
@@ -268,6 +270,9 @@ def test_a_wrong_question(folder: Path, line: object, found: str) -> None:
 def test_a_wrong_equivalent_pair(folder: Path, line: str) -> None:
     write_lines(folder / "equivalent_gold.jsonl", [["p2", "p4"], line])
     assert refused(jsonl(folder)).startswith(f"{folder}/equivalent_gold.jsonl:2: ")
+    mistakes = Mistakes(skip=True)
+    assert sources.equivalents(jsonl(folder), mistakes) == [("p2", "p4")]
+    assert mistakes.count == 1
 
 
 # -- the same in BEIR's layout ----------------------------------------------------------------------------------------
@@ -309,6 +314,10 @@ def change_answers(folder: Path) -> None:
     write_lines(folder / "queries.jsonl", [{"_id": "q1", "text": "Who?", "answers": []}])
 
 
+def nest_gold(folder: Path) -> None:
+    write_lines(folder / "queries.jsonl", [{"_id": "q1", "text": "Who?", "answers": ["a"], "metadata": {"gold": [[["p1"], "p2"]]}}])
+
+
 def change_query(folder: Path) -> None:
     write_lines(folder / "queries.jsonl", [{"_id": "q1", "text": ""}])
 
@@ -335,6 +344,7 @@ def change_qrels(*lines: str) -> Callable[[Path], None]:
         (change_corpus, "{}/corpus.jsonl:2: 'text' is empty"),
         (change_answers, "{}/queries.jsonl:1: 'answers' is empty"),
         (change_query, "{}/queries.jsonl:1: 'text' is empty"),
+        (nest_gold, "{}/queries.jsonl:1: 'metadata.gold' must be a string, found a list"),
         (change_metadata, "{}/queries.jsonl:1: 'metadata' must be an object, found a list"),
         (double_query, "{}/queries.jsonl:2: question id 'q1' stands already at {}/queries.jsonl:1"),
         (lose_query, "{}/qrels/test.tsv:2: query 'q2' is not in {}/queries.jsonl"),
@@ -357,5 +367,16 @@ def test_beir_holds_one_benchmark(beir_folder: Path) -> None:
     assert len(read(beir(beir_folder, benchmarks=["brenn"]))[1]) == 3
 
 
-def test_beir_folder_that_is_missing(tmp_path: Path) -> None:
-    assert refused(beir(tmp_path / "absent")).startswith(f"data.path={tmp_path}/absent: no such folder")
+def test_folders_that_are_none(beir_folder: Path, folder: Path) -> None:
+    assert refused(beir(beir_folder / "absent")).startswith(f"data.path={beir_folder}/absent: no such folder")
+    for data in (beir(beir_folder / "corpus.jsonl"), jsonl(folder / "passages.b.jsonl")):
+        assert refused(data) == f"data.path={data.path}: is a file; name the folder that it lies in"
+
+
+def test_a_bad_query_is_skipped_once(beir_folder: Path) -> None:
+    lines = (beir_folder / "queries.jsonl").read_text().splitlines()
+    write_lines(beir_folder / "queries.jsonl", [*lines, "{"])
+    mistakes = Mistakes(skip=True)
+    assert len(list(sources.read(beir(beir_folder), 0, 1, mistakes))) == 3
+    assert sources.equivalents(beir(beir_folder), mistakes) == []
+    assert mistakes.count == 1
