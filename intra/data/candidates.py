@@ -84,7 +84,7 @@ def load(scans: Iterable[Mapping[str, object]], work: str, own_ids: Sequence[boo
             rows.append(np.arange(count, dtype=np.int32))
             owned.append(np.full(count, own_ids[part]))
     if not shards:
-        raise UserError("data.passages: the files hold no passages; check data.path")
+        raise mistakes.nothing("passages", "check data.path and which files are named")
     whole = {name: _joined(parts) for name, parts in columns.items()}
     order = pc.sort_indices(whole["passage_id"]).to_numpy()  # stable: of equal ids the first read stands first
     ids = whole["passage_id"].take(order)

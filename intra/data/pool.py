@@ -13,8 +13,7 @@ import hashlib
 import io
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,11 +26,10 @@ from intra import lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.data import candidates as choice
-from intra.data import checks, chunking, duplicates, raw, report, schema, sources, stages, statistics
+from intra.data import checks, chunking, duplicates, questions, report, schema, sources, stages, statistics
 from intra.data.candidates import Candidates, Rows
 from intra.data.raw import Mistakes, RawQuestion
 from intra.data.schema import Question
-from intra.data_config import DataConfig
 from intra.errors import UserError, WorkflowError
 
 STATISTICS = "statistics.json"
@@ -39,7 +37,6 @@ REPORT = "report.md"
 MISTAKES = "mistakes.txt"
 NEAR_DUPLICATES = "near_duplicates.parquet"
 TOKENIZER = "tokenizer"
-UNION = ("hotpotqa", "2wikimultihopqa")  # what MuSiQue's training questions are united with (data.musique_train)
 SLICE = 65536  # rows of a row group of pool.parquet
 
 
@@ -53,7 +50,7 @@ def build(config: Config, artifact: Artifact, fan: Fan = stages.inline) -> dict[
     """Makes the dataset of a configuration at `artifact`; returns the manifest.
 
     The manifest holds pool_sha256 and questions_sha256 (of the Parquet bytes), passages, split_passages, chunks, tokens,
-    longest_chunk (tokens), questions (per benchmark and split) and inputs (digest of each file).
+    longest_chunk (tokens), questions (per benchmark and split), mistakes (bad records left out) and inputs (digest of each file).
     Raises UserError naming file, line and id for bad input, WorkflowError where an input changes while it is read.
     """
     work = artifact.path("work")
@@ -73,13 +70,15 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
     for scan in scans:
         mistakes.merge(scan["mistakes"], scan["messages"], dict(scan["left_out"]))
     read = choice.load(scans, work, [sources.own_ids(data, part) for part in range(count)], data.deduplicate, mistakes)
-    questions = unique((question for scan in scans for question in _questions(work, scan)), mistakes)
-    questions = check(read, choice.resolve_titles(questions, read, mistakes), needs_answers(config), mistakes)
-    asked, questions_read = limit_questions(fair(questions, data), data.question_limit, config.seed), len(questions)
-    del questions
-    groups = _equivalence(sources.equivalents(data, mistakes), read)
-    if sources.digests(data) != digests:
-        raise WorkflowError(f"{data.path}: a file changed while it was read; run the same command again")
+    found = questions.unique((question for scan in scans for question in questions.read(work, scan)), mistakes)
+    found = questions.check(read, choice.resolve_titles(found, read, mistakes), questions.needs_answers(config), mistakes)
+    asked, questions_read = questions.limit(questions.fair(found, data), data.question_limit, config.seed), len(found)
+    del found
+    groups = questions.equivalents(sources.equivalents(data, mistakes), read)
+    after = sources.digests(data)
+    if after != digests:
+        changed = ", ".join(sorted({name for name, _ in digests.items() ^ after.items()}))
+        raise WorkflowError(f"{data.path}: {changed}: changed while it was read; run the same command again")
 
     gold = np.unique(read.find([gold for question in asked for gold in question.gold_ids]))
     wanted = limit_pool(read, gold, data.pool_limit)
@@ -91,101 +90,13 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
         chopper = _Chopper(config, read, work, place, fan)
         pool = chopper.budgeted(gold, wanted) if data.pool_chunks or data.pool_tokens else chopper.all(wanted)
         table, passage = _in_order(pool)
-        asked_chunks = with_gold_chunks(asked, _pieces(read, table, passage, asked, groups), groups)
+        asked_chunks = questions.with_gold_chunks(asked, questions.pieces(read, table, passage, asked, groups), groups)
         described = statistics.describe(table, passage, asked_chunks, read.read, questions_read)
-        described["checks"] = checks.run(table, asked_chunks, config.evaluate.k)
+        described["checks"] = checks.run(table, asked_chunks)
         described["input"] = {"mistakes": mistakes.count, "left_out": dict(sorted(mistakes.left_out.items())),
                               "duplicates": int(len(read) - len(read.distinct()))}  # fmt: skip
         near = _near_duplicates(table, data.near_duplicates, described)
         return _write(config, artifact, table, asked_chunks, described, mistakes, near, folder, digests)
-
-
-def _questions(work: str, scan: Mapping[str, Any]) -> Iterator[RawQuestion]:
-    if scan["questions"]:
-        for batch in stages.get(storage.join(work, "questions", f"{scan['part']:05}.parquet")).to_batches(4096):
-            for row in batch.to_pylist():
-                yield RawQuestion(**{**row, "answers": tuple(row["answers"]), "gold_ids": tuple(row["gold_ids"])})
-
-
-def unique(questions: Iterable[RawQuestion], mistakes: Mistakes) -> list[RawQuestion]:
-    """The questions sorted by id. An id that stands twice is a mistake; of ids that are hashes of the whole question the first counts."""
-    found: dict[str, RawQuestion] = {}
-    for question in questions:
-        name, first = question.question_id, found.setdefault(question.question_id, question)
-        if first is question:
-            continue
-        if name == raw.hashed_id(question) and replace(question, where=first.where) == first:
-            mistakes.left_out["questions that stand there twice, word for word"] += 1
-            continue
-        mistakes.add(raw.named_twice("question", name, first.where, question.where))
-    return [found[name] for name in sorted(found)]
-
-
-def needs_answers(config: Config) -> set[str]:
-    """The splits whose questions need an answer: those that are answered, or trained on, in this configuration."""
-    return {split for split, needed in (("test", config.evaluate.answers), ("train", config.backbone.train)) if needed}
-
-
-def check(read: Candidates, questions: Sequence[RawQuestion], answered: set[str], mistakes: Mistakes) -> list[RawQuestion]:
-    """The questions, with the ids of the passages that stand for their gold ones and no longer with where they were read.
-
-    Mistakes, of which each costs its question: a gold id without its passage, no gold passage, no answer in a split that needs one.
-    """
-    rows = read.find([gold for question in questions for gold in question.gold_ids])
-    ends = np.cumsum([len(question.gold_ids) for question in questions]).tolist()
-    names = read.ids.take(pa.array(read.canonical[np.maximum(rows, 0)]))
-    sound = []
-    one: dict[str, str] = {}  # half a million questions share their evidence, and here its names
-    for question, end in zip(questions, ends, strict=True):
-        where = f"{question.where or question.benchmark}: question '{question.question_id}'"
-        start = end - len(question.gold_ids)
-        try:
-            if not question.gold_ids:
-                raise UserError(f"{where} has no gold passage; add one or remove the question")
-            for gold, row in zip(question.gold_ids, rows[start:end], strict=True):
-                if row < 0:
-                    raise UserError(f"{where}: gold passage '{gold}' is not in the pool; add its file to data.passages, or mend the id")
-            if not question.answers and question.split in answered:
-                raise UserError(f"{where} has no answer; add one, or set evaluate.answers=false (test) or backbone.train=false (train)")
-        except UserError as error:
-            mistakes.add(error)
-            continue
-        gold_ids = tuple(dict.fromkeys(one.setdefault(name, name) for name in names[start:end].to_pylist()))
-        sound.append(replace(question, gold_ids=gold_ids, where=""))
-    return sound
-
-
-def fair(questions: Sequence[RawQuestion], data: DataConfig) -> list[RawQuestion]:
-    """The questions as data.nq_gold and data.musique_train would have them; sorted by id."""
-    made = list(questions)
-    if data.nq_gold == "one":
-        made = [replace(question, gold_ids=question.gold_ids[:1]) if question.benchmark == "nq" else question for question in made]
-    if data.musique_train == "union":
-        if not any(question.benchmark == "musique" for question in made):
-            raise UserError(
-                "data.musique_train=union: there is no benchmark 'musique' among the questions; add its files, or set it to own"
-            )
-        made += [
-            replace(question, question_id=f"musique+{question.question_id}", benchmark="musique")
-            for question in made
-            if question.split == "train" and question.benchmark in UNION
-        ]
-    return sorted(made, key=lambda question: question.question_id)
-
-
-def limit_questions(questions: Sequence[RawQuestion], limit: int | None, seed: int) -> list[RawQuestion]:
-    """At most `limit` questions of each benchmark and split, chosen by seed and id alone; their order is kept."""
-    if limit is None:
-        return list(questions)
-    groups: dict[tuple[str, str], list[RawQuestion]] = {}
-    for question in questions:
-        groups.setdefault((question.benchmark, question.split), []).append(question)
-    chosen = {
-        question.question_id
-        for group in groups.values()
-        for question in sorted(group, key=lambda question: stages.draw(seed, "question", question.question_id))[:limit]
-    }
-    return [question for question in questions if question.question_id in chosen]
 
 
 def limit_pool(read: Candidates, gold: Rows, limit: int | None) -> Rows:
@@ -195,63 +106,6 @@ def limit_pool(read: Candidates, gold: Rows, limit: int | None) -> Rows:
         return distinct
     others = read.by_draw(np.setdiff1d(distinct, gold, assume_unique=True))
     return np.union1d(gold, others[: max(0, limit - len(gold))])
-
-
-def equivalence(groups: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Passage id -> all ids that count as the same, sorted; what is equal to a third is equal to each other."""
-    parts: dict[str, set[str]] = {}
-    for group in groups:
-        merged = set(group).union(*(parts[name] for name in group if name in parts))
-        parts |= dict.fromkeys(merged, merged)
-    return {name: tuple(sorted(part)) for name, part in parts.items()}
-
-
-def _equivalence(groups: Iterable[Sequence[str]], read: Candidates) -> dict[str, tuple[str, ...]]:
-    """As `equivalence`, of the passages that stand for those named; a name that no passage has stays as it is."""
-    found = [list(group) for group in groups]
-    rows = iter(read.find([name for group in found for name in group]))
-    return equivalence([[name if (row := next(rows)) < 0 else read.name(read.canonical[row]) for name in group] for group in found])
-
-
-def with_gold_chunks(
-    questions: Sequence[RawQuestion], pieces: Mapping[str, Sequence[str]], equal: Mapping[str, tuple[str, ...]]
-) -> list[Question]:
-    """The questions with one group of chunk ids per gold passage: its pieces, and those of passages equal to it.
-
-    `pieces` are the chunks of each passage. Gold passages of one question that are equal to each other make one group.
-    """
-    made = []
-    for question in questions:
-        groups = [tuple(sorted(piece for name in equal.get(gold, (gold,)) for piece in pieces.get(name, []))) for gold in question.gold_ids]
-        made.append(
-            Question(
-                question_id=question.question_id,
-                benchmark=question.benchmark,
-                split=question.split,
-                question=question.question,
-                answers=question.answers,
-                gold=tuple(dict.fromkeys(groups)),
-                hops=question.hops,
-                type=question.type,
-                gold_source=question.gold_source,
-            )
-        )
-    return made
-
-
-def _pieces(
-    read: Candidates, table: pa.Table, passage: Rows, questions: Sequence[RawQuestion], equal: Mapping[str, tuple[str, ...]]
-) -> dict[str, list[str]]:
-    """The chunks of every passage that a question may need."""
-    names = {name for question in questions for gold in question.gold_ids for name in equal.get(gold, (gold,))}
-    rows = read.find(sorted(names))
-    here = np.flatnonzero(np.isin(passage, rows[rows >= 0]))
-    pieces: dict[str, list[str]] = {}
-    for name, chunk_id in zip(
-        read.ids.take(pa.array(passage[here])).to_pylist(), table["chunk_id"].take(pa.array(here)).to_pylist(), strict=True
-    ):
-        pieces.setdefault(name, []).append(chunk_id)
-    return pieces
 
 
 def _tokenizer(config: Config, read: Candidates, wanted: Rows, questions: Sequence[RawQuestion], folder: str) -> str:
@@ -411,6 +265,7 @@ def _write(
         "tokens": numbers["tokens"]["total"],
         "longest_chunk": numbers["tokens"]["longest"],
         "questions": counts,
+        "mistakes": mistakes.count,
         "inputs": digests,
     }
     storage.write_bytes(artifact.path(schema.POOL), pool.getvalue())
@@ -418,7 +273,8 @@ def _write(
     storage.write_json(artifact.path(STATISTICS), described)
     storage.write_bytes(artifact.path(REPORT), report.markdown(described, config.data).encode())
     if mistakes.count:
-        storage.write_bytes(artifact.path(MISTAKES), "".join(f"{message}\n" for message in mistakes.messages).encode())
+        more = [f"... and {mistakes.count - len(mistakes.messages):,} more"] if mistakes.count > len(mistakes.messages) else []
+        storage.write_bytes(artifact.path(MISTAKES), "".join(f"{message}\n" for message in (*mistakes.messages, *more)).encode())
     if near is not None:
         storage.write_bytes(artifact.path(NEAR_DUPLICATES), schema.to_parquet(near))
     if lineage.from_scratch(config):

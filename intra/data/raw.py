@@ -65,6 +65,11 @@ class Mistakes:
         if len(self.messages) < LISTED:
             self.messages.append(f"{error} ({REST})" if whole else str(error))
 
+    def nothing(self, what: str, remedy: str) -> UserError:
+        """What is said where the input holds none of what a dataset needs."""
+        left_out = f"{self.count:,} bad records were left out, the first: {self.messages[0]}" if self.count else remedy
+        return UserError(f"the input files hold no {what}; {left_out}")
+
     def merge(self, count: int, messages: Iterable[str], left_out: dict[str, int]) -> None:
         """Takes over what another process has counted."""
         self.count += count

@@ -30,6 +30,7 @@ def markdown(described: Mapping[str, Any], data: DataConfig) -> str:
         f"questions count too (`data.musique_train`: here {data.musique_train}). `data.nq_gold`: here {data.nq_gold}.",
         "", "## Checks", "",
         "- Every gold passage is in the pool.",
+        *_exceeded(described, data),
         f"- The same question in training and test: {_some(checks['questions_in_both_splits'])}.",
         f"- Bad records of the input left out: {found['mistakes']:,}" + (" (mistakes.txt)." if found["mistakes"] else "."),
         *(f"- Left out: {count:,} {reason}." for reason, count in found["left_out"].items()),
@@ -65,6 +66,13 @@ def _pool(described: Mapping[str, Any]) -> list[str]:
         ("passages / of them split", f"{pool['passages']:,} / {pool['split_passages']:,}", "not stated"),
     ]
     return _table(("", "here", "paper"), rows)
+
+
+def _exceeded(described: Mapping[str, Any], data: DataConfig) -> list[str]:
+    pool = described["pool"]
+    sizes = {"pool_limit": pool["passages"], "pool_chunks": pool["chunks"], "pool_tokens": pool["tokens"]["total"]}
+    over = [(key, size) for key, size in sizes.items() if size > (getattr(data, key) or size)]
+    return [f"- The gold passages alone are more than data.{key}={getattr(data, key):,} allows: {size:,}." for key, size in over]
 
 
 def _questions(described: Mapping[str, Any]) -> list[str]:

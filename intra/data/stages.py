@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from intra import storage
 from intra.data import chunking, duplicates, sources
@@ -83,7 +84,8 @@ class Scan:
         passages: list[Passage] = []
         questions: list[RawQuestion] = []
         rows: list[int] = []
-        for item in sources.read(self._data, self._seed, part, mistakes):
+        items = sources.read(self._data, self._seed, part, mistakes)
+        for item in tqdm(items, desc=sources.parts(self._data)[part], unit="record", leave=False, disable=None):
             if isinstance(item, RawQuestion):
                 questions.append(item)
                 continue
@@ -158,8 +160,6 @@ def get(url: str, columns: list[str] | None = None) -> pa.Table:
 
 def inline(stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
     """The stage's results for the tasks, in their order, in this process. What a workflow puts in its place must give the same."""
-    from tqdm import tqdm
-
     work = stage(*arguments)
     for task in tqdm(tasks, desc=label, unit="file", disable=None):
         yield work(task)

@@ -16,6 +16,7 @@ from intra import storage
 from intra.artifact import Artifact
 from intra.backbone import locate
 from intra.data import chunking, pool, schema, stages
+from intra.data import questions as asking
 from intra.data.candidates import Candidates
 from intra.data.raw import RawQuestion
 from intra.errors import UserError, WorkflowError
@@ -129,18 +130,18 @@ def questions(count: int, benchmark: str = "b", split: str = "test") -> list[Raw
 
 def test_question_limit_holds_per_benchmark_and_split() -> None:
     everything = [*questions(30), *questions(30, split="train"), *questions(5, "c")]
-    kept = pool.limit_questions(everything, 10, seed=0)
+    kept = asking.limit(everything, 10, seed=0)
     assert [sum(q.benchmark == b and q.split == s for q in kept) for b, s in (("b", "test"), ("b", "train"), ("c", "test"))] == [10, 10, 5]
-    assert pool.limit_questions(everything, None, seed=0) == everything
+    assert asking.limit(everything, None, seed=0) == everything
 
 
 def test_question_limit_depends_on_seed_and_ids_alone() -> None:
     everything = questions(60)
     shuffled = random.Random(1).sample(everything, len(everything))
-    kept = {q.question_id for q in pool.limit_questions(everything, 20, seed=0)}
-    assert {q.question_id for q in pool.limit_questions(shuffled, 20, seed=0)} == kept
-    assert {q.question_id for q in pool.limit_questions(everything, 10, seed=0)} < kept
-    assert {q.question_id for q in pool.limit_questions(everything, 20, seed=1)} != kept
+    kept = {q.question_id for q in asking.limit(everything, 20, seed=0)}
+    assert {q.question_id for q in asking.limit(shuffled, 20, seed=0)} == kept
+    assert {q.question_id for q in asking.limit(everything, 10, seed=0)} < kept
+    assert {q.question_id for q in asking.limit(everything, 20, seed=1)} != kept
 
 
 def candidates(count: int, seed: int) -> Candidates:
@@ -173,14 +174,14 @@ def test_every_passage_is_as_likely_to_be_kept_as_any_other() -> None:
 
 
 def test_equivalence_is_transitive() -> None:
-    found = pool.equivalence([("a", "b"), ("c", "d"), ("b", "c"), ("x", "y")])
+    found = asking.equivalence([("a", "b"), ("c", "d"), ("b", "c"), ("x", "y")])
     assert found["a"] == found["b"] == found["c"] == found["d"] == ("a", "b", "c", "d")
     assert found["x"] == ("x", "y")
 
 
 def test_equal_gold_passages_of_one_question_are_one_group() -> None:
     asked = RawQuestion("q", "b", "test", "who?", ("x",), ("a", "c", "b"), 3, "")
-    made = pool.with_gold_chunks([asked], {name: [name] for name in "abc"}, pool.equivalence([("a", "b"), ("c", "absent")]))
+    made = asking.with_gold_chunks([asked], {name: [name] for name in "abc"}, asking.equivalence([("a", "b"), ("c", "absent")]))
     assert made[0].gold == (("a", "b"), ("c",))
 
 
@@ -216,7 +217,7 @@ WRONG: list[tuple[Callable[[Path], None], str]] = [
     (double_passage, "{}/passages.b.jsonl:4: passage id 'p1' stands already at {}/passages.a.jsonl.gz:1"),
     (double_question, "{}/questions/rivers.test.jsonl:2: question id 'q1' stands already at {}/questions/lakes.train.jsonl.gz:1"),
     (lose_gold, "{}/questions/rivers.test.jsonl:1: question 'q3': gold passage 'p77' is not in the pool"),
-    (no_passages, "data.passages: the files hold no passages"),
+    (no_passages, "the input files hold no passages; check data.path"),
     (piece_name, "passage id 'p5#1' is also the name of a piece of passage 'p5'"),
     (long_title, "{}/passages.b.jsonl:4: passage 'p7': data.chunk_tokens=48 leaves no room for text"),
 ]
@@ -251,17 +252,20 @@ def test_questions_without_answers_will_do_only_where_none_is_needed(beir_folder
         pool.build(change(answers=False, train=True), artifact)
     with pytest.raises(UserError, match=r"queries.jsonl:2: question 'q2' has no answer"):
         pool.build(change(answers=True, train=False), artifact)
-    assert pool.needs_answers(change(answers=False, train=False)) == set()
+    assert asking.needs_answers(change(answers=False, train=False)) == set()
+    config = make(beir_folder, tmp_path, source="beir", on_error="skip")  # what evaluate asks for leaves no question out
+    with pytest.raises(UserError, match=r"queries.jsonl:1: question 'q1' has no answer"):
+        pool.build(change(answers=False, train=True), artifact)
 
 
 def test_a_file_that_changes_while_it_is_read(folder: Path, tmp_path: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pool.check
+    whole = asking.check
 
     def meddling(*arguments: Any) -> list[RawQuestion]:
         write_lines(folder / "passages.b.jsonl", PASSAGES[4:])
         return whole(*arguments)
 
-    monkeypatch.setattr(pool, "check", meddling)
-    with pytest.raises(WorkflowError, match="a file changed while it was read"):
+    monkeypatch.setattr(asking, "check", meddling)
+    with pytest.raises(WorkflowError, match=r"passages.b.jsonl: changed while it was read"):
         pool.build(make(folder, tmp_path), artifact)
     assert storage.files(artifact.url) == []

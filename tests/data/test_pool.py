@@ -13,7 +13,7 @@ import pytest
 
 from intra import storage
 from intra.artifact import Artifact
-from intra.data import duplicates, pool, schema, stages
+from intra.data import duplicates, pool, questions, raw, schema, stages
 from intra.errors import UserError
 from tests.data import formats
 from tests.data.conftest import make, write_lines
@@ -121,7 +121,9 @@ def test_a_token_budget_keeps_gold_and_is_filled_as_far_as_it_goes(benchmarks: P
 
 
 def test_gold_stays_where_the_budget_is_smaller(benchmarks: Path, artifact: Artifact) -> None:
-    build(benchmarks, artifact, pool_tokens=1)
+    manifest = build(benchmarks, artifact, pool_tokens=1)
+    said = f"- The gold passages alone are more than data.pool_tokens=1 allows: {manifest['tokens']:,}.\n"
+    assert said in storage.read_bytes(artifact.path(pool.REPORT)).decode()
     gold = {chunk for question in schema.read_questions(artifact.url) for group in question.gold for chunk in group}
     assert set(chunk_ids(artifact)) == gold
 
@@ -236,7 +238,7 @@ def test_fullwiki_without_its_pages(tmp_path: Path, artifact: Artifact, pages: l
     assert storage.files(artifact.url) == []
 
 
-def test_bad_records_are_counted_and_listed(benchmarks: Path, artifact: Artifact) -> None:
+def test_bad_records_are_counted_and_listed(benchmarks: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = {**formats.MUSIQUE[0], "paragraphs": []}
     unanswerable = {**formats.MUSIQUE[0], "answerable": False}
     write(benchmarks / "musique.jsonl.zst", text_of("musique", [*formats.MUSIQUE, bad, unanswerable, *formats.MUSIQUE]))
@@ -247,12 +249,16 @@ def test_bad_records_are_counted_and_listed(benchmarks: Path, artifact: Artifact
     assert manifest["questions"]["musique"] == {"train": 1}
     found = storage.read_json(artifact.path(pool.STATISTICS))["input"]
     assert (found["mistakes"], found["left_out"]) == (3, {"MuSiQue questions that are not answerable": 1})
+    assert manifest["mistakes"] == 3
     lines = storage.read_bytes(artifact.path(pool.MISTAKES)).decode().splitlines()
     assert [line.removeprefix(f"{benchmarks}/").split(";")[0] for line in lines] == [
         "musique.jsonl.zst:2: 'paragraphs' is empty",
         "psgs_w100.tsv:3: expected id, text, title between tabs, found 2 cells",
         f"musique.jsonl.zst:4: question id '3hop1__12_34_56' stands already at {benchmarks}/musique.jsonl.zst:1",
     ]
+    monkeypatch.setattr(raw, "LISTED", 2)
+    build(benchmarks, artifact, on_error="skip")
+    assert storage.read_bytes(artifact.path(pool.MISTAKES)).decode().splitlines() == [*lines[:2], "... and 1 more"]
 
 
 def test_a_question_without_its_evidence_is_skipped(folder: Path, tmp_path: Path, artifact: Artifact) -> None:
@@ -272,7 +278,7 @@ def test_fairness_switches(benchmarks: Path, artifact: Artifact) -> None:
     assert after[nq].gold == before[nq].gold[:1]
     added = {name: question for name, question in after.items() if name not in before}
     assert {name.removeprefix("musique+") for name in added} == {
-        name for name, q in before.items() if q.split == "train" and q.benchmark in pool.UNION}  # fmt: skip
+        name for name, q in before.items() if q.split == "train" and q.benchmark in questions.UNION}  # fmt: skip
     assert {question.benchmark for question in added.values()} == {"musique"}
     assert all(question.gold == before[name.removeprefix("musique+")].gold for name, question in added.items())
     assert {name: question for name, question in after.items() if name in before and name != nq} == {
@@ -280,8 +286,28 @@ def test_fairness_switches(benchmarks: Path, artifact: Artifact) -> None:
 
 
 def test_the_union_needs_musique(folder: Path, tmp_path: Path, artifact: Artifact) -> None:
-    with pytest.raises(UserError, match=r"data.musique_train=union: there is no benchmark 'musique'"):
+    with pytest.raises(UserError, match=r"data.musique_train=union: it needs a benchmark 'musique', and .*; found lakes, rivers: add"):
         pool.build(make(folder, tmp_path, musique_train="union"), artifact)
+
+
+def test_the_union_needs_something_to_add(benchmarks: Path, artifact: Artifact) -> None:
+    with pytest.raises(UserError, match=r"data.musique_train=union: it needs .* training questions of 'hotpotqa' or .*; found musique:"):
+        build(benchmarks, artifact, files=[FILES[2]], musique_train="union")
+
+
+def test_one_gold_passage_of_nq_needs_nq(folder: Path, tmp_path: Path, artifact: Artifact) -> None:
+    with pytest.raises(UserError, match=r"data.nq_gold=one: no benchmark is called 'nq', but lakes, rivers; rename it, or set all"):
+        pool.build(make(folder, tmp_path, nq_gold="one"), artifact)
+
+
+def test_a_dataset_without_questions_is_none(benchmarks: Path, artifact: Artifact) -> None:
+    with pytest.raises(UserError, match=r"the input files hold no questions; add a file that does"):
+        build(benchmarks, artifact, files=FILES[5:])
+    write(benchmarks / "musique.jsonl.zst", text_of("musique", [{**formats.MUSIQUE[0], "paragraphs": []}]))
+    found = r"hold no questions; 1 bad records were left out, the first: .*musique.jsonl.zst:1: 'paragraphs' is empty"
+    with pytest.raises(UserError, match=found):
+        build(benchmarks, artifact, files=[FILES[2], FILES[5]], on_error="skip")
+    assert storage.files(artifact.url) == []
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
