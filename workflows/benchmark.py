@@ -2,7 +2,8 @@
 
     python workflows/benchmark.py encode --config configs/quickstart.yaml [section.key=value ...] [--dry-run]
 
-`encode` times the encoding of chunks (intra/store/benchmark.py). Prints a table and writes the records {name, value, unit} to
+`encode` times the encoding of chunks (intra/store/benchmark.py); `int8` compares rankings and answers from int8 states with those from the
+store's own (intra/precision.py; needs dataset, store and retriever). Prints a table and writes the records {name, value, unit} to
 <root>/benchmark/<name>.json, whose path is the last line; the same goes to MLflow. Wall times: run it on a quiet machine.
 """
 
@@ -28,7 +29,13 @@ def _encode(config: Config) -> list[Record]:
     return benchmark.run(config, prepare.run, encode.timed, encode.fitting)
 
 
-BENCHMARKS: Mapping[str, Callable[[Config], list[Record]]] = {"encode": _encode}
+def _int8(config: Config) -> list[Record]:
+    from intra import precision
+
+    return precision.run(config)
+
+
+BENCHMARKS: Mapping[str, Callable[[Config], list[Record]]] = {"encode": _encode, "int8": _int8}
 
 
 def place(config: Config, name: str) -> str:
