@@ -7,7 +7,7 @@
 Files of the Hugging Face hub (`repo` in `data.files`) are fetched first, unless --offline, data.offline=true or HF_HUB_OFFLINE=1; see
 `intra.data.hub`. Reads and tokenizes in `data.workers` processes: one, this one, without Ray; more with Ray Data. Their number changes
 no byte. (757,536 chunks of 100M tokens in two processes: 510 CPU seconds, 1.8 GB here, 0.6 GB in each of them.) The last line printed is
-the dataset's place. A dataset that is complete is left as it is.
+the dataset's place. A dataset that is complete is left as it is; two runs never make one at once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from intra import cli, cluster, lineage, storage, tracking
+from intra.artifact import Artifact
 from intra.config import Config
 from intra.data import hub, pool, sources, stages, statistics
 from intra.errors import WorkflowError
+from intra.store import claim
 
 
 def plan(config: Config) -> list[str]:
@@ -62,8 +64,15 @@ def run(config: Config) -> str:
     """Fetches what files are missing, and makes the dataset unless it is complete. Returns its URL."""
     fetch(config)
     artifact = lineage.dataset(config)
-    if artifact.complete():
-        return artifact.url
+    if not artifact.complete():
+        with claim.hold(artifact):
+            if not artifact.complete():  # another run may just have ended
+                print(f"prepare: {_summary(_make(config, artifact))}")
+    return artifact.url
+
+
+def _make(config: Config, artifact: Artifact) -> dict[str, Any]:
+    """Makes and tracks the dataset. Returns its manifest."""
     with tracking.step(config, "prepare", artifact) as run:
         manifest = pool.build(config, artifact, stages.inline if config.data.workers == 1 else functools.partial(_fan, config))
         described = storage.read_json(artifact.path(pool.STATISTICS))
@@ -74,13 +83,12 @@ def run(config: Config) -> str:
             run.log_input(name, digest, str(config.data.path))
         run.log_input("pool", manifest["pool_sha256"], artifact.url)
         run.log_input("questions", manifest["questions_sha256"], artifact.url)
-    print(f"prepare: {_summary(manifest)}")
-    return artifact.url
+    return manifest
 
 
 def _fan(config: Config, stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
     """The stage's results for the tasks, in their order, made by Ray Data's actors (`pool.Fan`)."""
-    import ray
+    import ray.data
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
     from tqdm import tqdm
@@ -91,9 +99,7 @@ def _fan(config: Config, stage: Any, arguments: tuple[Any, ...], tasks: list[dic
     # A CPU each, or, where there are fewer, their part of one: with no CPU to spare for reading the tasks, the job would hang.
     cpus = min(1.0, (cluster.resources()["CPU"] - 1) / workers)
     rows = ray.data.from_items([{"task": number, **task} for number, task in enumerate(tasks)], override_num_blocks=len(tasks))
-    rows = rows.map(
-        cluster.Stage, fn_constructor_args=(Numbered, stage, *arguments), compute=ActorPoolStrategy(size=workers), num_cpus=cpus
-    )
+    rows = cluster.stage(rows, (Numbered, stage, *arguments), ActorPoolStrategy(size=workers), cpus)
     made = {}
     try:
         with tqdm(total=len(tasks), desc=label, unit="file", disable=None) as bar:
@@ -103,6 +109,9 @@ def _fan(config: Config, stage: Any, arguments: tuple[Any, ...], tasks: list[dic
                 bar.update()
     except RayError as error:
         raise WorkflowError(f"prepare: a worker was lost ({' '.join(str(error).split())[:300]}); run the same command again") from error
+    if len(made) < len(tasks):
+        raise WorkflowError(f"prepare: {label}: {len(tasks) - len(made)} of {len(tasks)} files were given up, their workers died again and "
+                            "again (for want of memory?); set data.workers lower, or take a larger machine")  # fmt: skip
     yield from (made[number] for number in range(len(tasks)))
 
 
@@ -121,9 +130,10 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         f"{benchmark} {' + '.join(f'{number} {split}' for split, number in sorted(splits.items(), reverse=True))}"
         for benchmark, splits in manifest["questions"].items()
     )
+    left_out = f"; {manifest['mistakes']:,} bad records left out ({pool.MISTAKES})" if manifest.get("mistakes") else ""
     return (
         f"{manifest['passages']:,} passages ({manifest['split_passages']:,} split), {manifest['chunks']:,} chunks, "
-        f"{manifest['tokens']:,} tokens; questions: {questions}"
+        f"{manifest['tokens']:,} tokens; questions: {questions}{left_out}"
     )
 
 

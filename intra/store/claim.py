@@ -81,7 +81,7 @@ def take(store: Artifact) -> Claim:
         found = _read(store, number) if number else None
         if found is not None and not _dead(store, number, found):
             raise WorkflowError(
-                f"store {store.url} is being made by {_who(found)}; wait until it is done, or end it and run the same command again"
+                f"{store.kind} {store.url} is being made by {_who(found)}; wait until it is done, or end it and run the same command again"
             )
         if storage.create(_place(store, number + 1), _text(token)) or (_read(store, number + 1) or {}).get("token") == token:
             return Claim(store, number + 1, token)  # the second: created, but the answer was lost on its way

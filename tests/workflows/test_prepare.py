@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from intra import cli, storage
-from intra.errors import UserError
+from intra.errors import UserError, WorkflowError
+from intra.store import claim
 from tests.data.conftest import PASSAGES, folder, make, write_lines  # noqa: F401  (folder is a fixture)
 from workflows import prepare
 
@@ -63,6 +65,22 @@ def test_changed_input_is_another_dataset(file: str, folder: Path) -> None:  # n
     assert lineage.dataset(config.load(file)).url != before
 
 
+def test_what_was_left_out_is_said(file: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    write_lines(folder / "passages.c.jsonl", ["{"])
+    assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file, "data.on_error=skip"]) == 0
+    assert "rivers 1 test; 1 bad records left out (mistakes.txt)\n" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_make_one_dataset_at_once(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from intra import config, lineage
+
+    artifact = lineage.dataset(config.load(file))
+    with claim.hold(artifact):
+        assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file]) == 1
+    assert f"error: dataset {artifact.url} is being made by another run" in capsys.readouterr().err
+    assert storage.files(artifact.url) == []
+
+
 @pytest.mark.parametrize(
     ("override", "found"),
     [
@@ -79,6 +97,15 @@ def test_the_users_mistake_is_one_line_and_status_2(
     assert found in error
     assert len(error.splitlines()) == 1
     assert not [name for name in storage.files(str(tmp_path / "root")) if name.startswith("dataset/")]
+
+
+class Deadly:
+    """A stage that ends its process at the second task."""
+
+    def __call__(self, task: dict[str, int]) -> dict[str, int]:
+        if task["part"]:
+            os._exit(1)
+        return task
 
 
 @pytest.mark.slow
@@ -99,6 +126,8 @@ def test_two_processes_write_the_same_bytes(file: str, tmp_path: Path, monkeypat
         for part in storage.files(one.url):
             if part != "config.json":  # which says how many there were
                 assert storage.read_bytes(one.path(part)) == storage.read_bytes(two.path(part)), part
+        with pytest.raises(WorkflowError, match=r"prepare: read: 1 of 2 files were given up, their workers died again and again"):
+            list(prepare._fan(config.load(file, ["data.workers=2"]), Deadly, (), [{"part": 0}, {"part": 1}], "read"))
         write_lines(Path(str(config.load(file).data.path)) / "passages.b.jsonl", ["{"])
         with pytest.raises(UserError, match=r"prepare: .*passages.b.jsonl:1: not valid JSON"):
             prepare.run(config.load(file, [f"root={tmp_path}/three", "data.workers=2"]))
