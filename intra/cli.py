@@ -2,7 +2,7 @@
 
     python workflows/<name>.py --config FILE [section.key=value ...] [--dry-run] [--offline]
 
-Exit status: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. Errors are one line on stderr.
+Exit status: 0 done, 1 failed, 2 the user's mistake, 3 results below expectation, 130 interrupted. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 from intra import config as configuration
 from intra.config import Config
-from intra.errors import UserError, WorkflowError
+from intra.errors import Regression, UserError, WorkflowError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +46,8 @@ def main(
         instead.add_argument(f"--{name}", dest="instead", action="store_const", const=function, help=text)
     parser.add_argument("--offline", action="store_true", help="fetch nothing from the hub, data or weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    try:
+
+    def work() -> object:
         options = parser.parse_intermixed_args(arguments)
         if options.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is first imported, here and in Ray's workers
@@ -57,14 +58,25 @@ def main(
             print("---")
             for line in plan(config):
                 print(line, flush=True)
-            return 0
-        result = (getattr(options, "instead", None) or run)(config)
+            return None
+        return (getattr(options, "instead", None) or run)(config)
+
+    return status(work)
+
+
+def status(work: Callable[[], object]) -> int:
+    """Does the work and prints what it returns, if not None, or its error in one line. Returns the exit status."""
+    try:
+        result = work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Regression as error:
+        print(f"regression: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is complete", file=sys.stderr)
         return 130

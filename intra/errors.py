@@ -1,4 +1,4 @@
-"""The two ways a workflow can end badly. Both print as one line; neither shows a traceback."""
+"""The ways a workflow can end badly. Each prints as one line; none shows a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class WorkflowError(Exception):
     """Something outside the user's input failed (storage, a worker). Names the thing and the remedy. Exit status 1."""
+
+
+class Regression(Exception):
+    """Results fell below what was expected of them (`evaluate.expected`). Names the figures. Exit status 3."""

@@ -8,7 +8,7 @@ import yaml
 
 from intra import cli
 from intra.config import Config
-from intra.errors import UserError, WorkflowError
+from intra.errors import Regression, UserError, WorkflowError
 
 
 @pytest.fixture
@@ -63,3 +63,11 @@ def test_an_error_is_one_line_and_its_status(file: str, error: Exception, status
 def test_a_wrong_command_line_is_the_users_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main("doc", lambda config: [], never, arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_regression_has_a_status_of_its_own(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> None:
+        raise Regression("intra, em: 0.3, expected 0.5")
+
+    assert cli.main("doc", lambda config: [], run, ["--config", file]) == 3
+    assert capsys.readouterr().err == "regression: intra, em: 0.3, expected 0.5\n"
