@@ -289,7 +289,8 @@ def _anchored(config: Config) -> Config:
         else model
         for name, model in config.evaluate.models.items()
     }
-    evaluate = config.evaluate.model_copy(update={"models": models})
+    expected = [storage.absolute(place) for place in config.evaluate.expected]
+    evaluate = config.evaluate.model_copy(update={"models": models, "expected": expected})
     return config.model_copy(update={"root": storage.absolute(config.root), "data": data, "backbone": backbone, "evaluate": evaluate})
 
 

@@ -107,6 +107,8 @@ class EvaluateConfig(Section):
     answer_batch: int = Field(32, ge=1)
     bootstrap: int = Field(1000, ge=100, description="resamples of the 95 % intervals")
     permutations: int = Field(10000, ge=100, description="of the paired tests against the first method")
+    report_questions: int = Field(50, ge=0, description="questions of each benchmark that the report shows, drawn by the seed")
+    expected: list[str] = Field([], description="files of expected values the results are judged against (configs/expected-*.yaml)")
     shard_chunks: int = Field(4096, ge=1, description="texts a shard of an encoded corpus")
     device: str = Field("auto", description="of the baselines' models: auto | cpu | cuda")
     workers: int = Field(1, ge=1, description="encoders of a corpus at once; one that asks for no GPU works without Ray")
@@ -152,7 +154,9 @@ class EvaluateConfig(Section):
         return self
 
     def parts(self, name: str) -> list[str]:
-        """The methods that a method is made of."""
+        """The methods that a method is made of, or starts from."""
+        if name in ("intra", "s0_reranked"):
+            return ["maxsim"]  # S_0
         model = self.models.get(name)
         return [model.of] if isinstance(model, RerankConfig) else list(model.of) if isinstance(model, FusionConfig) else []
 
@@ -163,7 +167,7 @@ class EvaluateConfig(Section):
         def visit(name: str, depth: int) -> None:
             model = self.models.get(name)
             for part in self.parts(name):
-                visit(part, model.depth if isinstance(model, RerankConfig | FusionConfig) else 0)
+                visit(part, model.depth if isinstance(model, RerankConfig | FusionConfig) else depth)
             found[name] = max(depth, found.get(name, 0))
 
         for name in self.methods:

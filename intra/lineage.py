@@ -8,7 +8,7 @@
     vectors    of a dense or late baseline: its weights, how it reads a passage, the pool's digest
     ranking    of a method: pool, questions, depth, and what the method is made of (vectors, retriever, other rankings, settings)
     answers    the ranking, the store, the prompt
-    results    rankings and answers of the methods, the metrics' settings
+    results    rankings and answers of the methods, the metrics' settings, the values they are judged against
 
 A step's fingerprint holds the digests its predecessor's manifest states, so a later one is known once the earlier is made:
 until then these functions raise UserError naming what is missing.
@@ -26,6 +26,7 @@ from intra.baselines import models
 from intra.config import Config
 from intra.data import sources
 from intra.evaluate_config import DenseConfig, FusionConfig, ModelConfig, RerankConfig
+from intra.evaluation import expectations
 from intra.store.format import FORMAT
 
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
@@ -206,7 +207,11 @@ def results(config: Config) -> Artifact:
         name: [ranking(config, name, marks).fingerprint, answers(config, name, marks).fingerprint if config.evaluate.answers else None]
         for name in config.evaluate.methods
     }
-    settings = config.evaluate.model_dump(include={"k", "bootstrap", "permutations"})
+    settings = config.evaluate.model_dump(include={"k", "bootstrap", "permutations", "report_questions"})
+    expected = [expectations.load(place).model_dump() for place in config.evaluate.expected]
     return _artifact(
-        config, "results", "evaluate", {"methods": judged, "order": config.evaluate.methods, "settings": settings, "seed": config.seed}
+        config,
+        "results",
+        "evaluate",
+        {"methods": judged, "order": config.evaluate.methods, "settings": settings, "expected": expected, "seed": config.seed},
     )

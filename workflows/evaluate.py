@@ -1,6 +1,7 @@
 """Evaluates the methods on the test questions: recall from their rankings, answers of the same backbone from stored states.
 
     python workflows/evaluate.py --config configs/quickstart.yaml
+    python workflows/evaluate.py --config configs/nightly.yaml --expect > configs/expected-nightly.yaml     # to judge later nights by
     python workflows/evaluate.py --config configs/quickstart.yaml evaluate.methods=[bm25,tfidf] evaluate.answers=false     # dataset only
     ray job submit --working-dir . -- python workflows/evaluate.py --config configs/paper.yaml root=s3://bucket/run
 
@@ -118,5 +119,16 @@ class EncodeShard:
         return dict(row)
 
 
+def expect(config: Config) -> str:
+    """YAML that expects the results that there are of the same dataset again: a file for `evaluate.expected`."""
+    from intra import storage, tracking
+    from intra.evaluation import expectations
+
+    artifact, facts = lineage.results(config), lineage.dataset(config).manifest()
+    artifact.manifest()
+    source = f"commit {tracking.commit()[:8]}"
+    return expectations.written(storage.read_json(artifact.path(evaluation.RESULTS)), "the last nightly run", source, facts)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main(__doc__, plan, run))
+    sys.exit(cli.main(__doc__, plan, run, others={"expect": (expect, "print the results as a file of evaluate.expected; make nothing")}))

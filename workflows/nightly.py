@@ -5,7 +5,8 @@
     python workflows/nightly.py --config configs/quickstart.yaml --dry-run                  # what exists, what will be made
     ray job submit --working-dir . -- python workflows/nightly.py --config configs/paper.yaml root=s3://bucket/run
 
-One MLflow run, with the run of each step below it. Prints evaluate's table, and the path of results.json as its last line.
+One MLflow run, with the run of each step below it. Prints evaluate's table, and the path of results.json as its last line. Where figures
+fell below what `evaluate.expected` holds (a file with `gate: true`): exit status 3, and a line that names them.
 """
 
 from __future__ import annotations
@@ -56,12 +57,15 @@ def run(config: Config) -> str:
     for name in names[:start]:
         print(f"{name}: complete", file=sys.stderr)
     if start == len(names):
-        return evaluation.publish(config, lineage.results(config))
+        result = evaluation.publish(config, lineage.results(config))
+        evaluation.check_regressions(config)
+        return result
     with tracking.step(config, "nightly"):
         for name in names[start:]:
             print(f"{name} ...", file=sys.stderr)
             result = importlib.import_module(f"workflows.{name}").run(config)
-    return str(result)  # evaluate's
+        evaluation.check_regressions(config)
+    return result  # evaluate's
 
 
 if __name__ == "__main__":

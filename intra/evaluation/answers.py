@@ -32,7 +32,7 @@ class Reader:
     """Reads answers and remembers them.
 
     lengths: tokens of each chunk, by id, to put questions of like length in one batch. batch: questions at once. limit: the
-    longest answer in tokens. Memory: the states of one batch's chunks, in float32.
+    longest answer in tokens. Memory: the states of one batch's chunks, in float32. read: how many answers were read, not remembered.
     """
 
     def __init__(self, parts: Parts, lengths: Mapping[str, int], batch: int, limit: int) -> None:
@@ -41,6 +41,7 @@ class Reader:
         self._batch = batch
         self._limit = limit
         self._known: dict[tuple[str, tuple[str, ...]], str] = {}
+        self.read = 0
 
     def remember(self, question_id: str, chunk_ids: Sequence[str], answer: str) -> None:
         """An answer that was read before, for `chunk_ids` in any order."""
@@ -55,6 +56,7 @@ class Reader:
             batch = new[start : start + self._batch]
             for question, text in zip(batch, self._read(batch, [keys[q.question_id][1] for q in batch]), strict=True):
                 self._known[keys[question.question_id]] = text
+        self.read += len(new)
         return {question_id: self._known[key] for question_id, key in keys.items()}
 
     def _read(self, questions: Sequence[Question], chosen: Sequence[Sequence[str]]) -> list[str]:

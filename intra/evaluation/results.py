@@ -78,7 +78,8 @@ def breakdowns(
     slices: dict[str, list[str]] = {}
     for question in questions:
         for kind, value in (("hops", question.hops), ("type", question.type), ("gold_source", question.gold_source)):
-            slices.setdefault(f"{question.benchmark}/{kind} {value}", []).append(question.question_id)
+            if value != "":
+                slices.setdefault(f"{question.benchmark}/{kind} {value}", []).append(question.question_id)
     return [record for method, mine in values.items() for record in _summed_up(method, slices, mine, resamples, seed)]
 
 

@@ -2,8 +2,8 @@
 
     <root>/ranking/<fingerprint>/   a method's ranking: ranking.parquet, and what it cost in manifest.json
     <root>/answers/<fingerprint>/   the answers read from a ranking's first chunks: answers.parquet
-    <root>/results/<fingerprint>/   runs/<method>.<benchmark>.trec, per_question.parquet, significance.json, breakdowns.json, results.json,
-                                    report.html, config.json and, last, manifest.json
+    <root>/results/<fingerprint>/   runs/<method>.<benchmark>.trec, per_question.parquet, significance.json, breakdowns.json, costs.json,
+                                    results.json, report.html, figures/*.svg, config.json and, last, manifest.json
 
 Rankings and answers are used again by every evaluation that asks for the same. A method that fails leaves the others' results:
 they are written, without the manifest, and the failures are raised at the end.
@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +30,9 @@ from intra import lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.data.schema import POOL, QUESTIONS, Pool, Question, read_pool, read_questions, to_parquet
-from intra.errors import UserError, WorkflowError
+from intra.errors import Regression, UserError, WorkflowError
 from intra.evaluate_config import NDCG_DEPTH, CrossConfig, DenseConfig, FusionConfig, LateConfig, ModelConfig, RerankConfig
-from intra.evaluation import metrics, report, results, significance
+from intra.evaluation import expectations, metrics, report, results, significance
 from intra.evaluation.answers import Reader
 from intra.evaluation.results import Outcome, Record
 from intra.method import Method, Rankings, check
@@ -184,13 +185,15 @@ def make(config: Config, artifact: Artifact) -> None:
         passages = metrics.Passages(pool)
         outcomes: list[tuple[Outcome, dict[str, metrics.Values]]] = []
         records: list[Record] = []
+        costs: list[Record] = []
         for name in config.evaluate.methods:
             try:
                 with run.child(name, {"method": name}) as child:
                     outcome, seconds = _outcome(name, searches, reader)
                     values = outcome.values(questions, config.evaluate.k, passages)
                     found = results.records(name, questions, values, config.evaluate.bootstrap, config.seed)
-                    child.log_metrics({f"{r['benchmark']}/{r['metric']}": r["value"] for r in found} | seconds)
+                    measured = {key: value for key, value in seconds.items() if value is not None}
+                    child.log_metrics({f"{r['benchmark']}/{r['metric']}": r["value"] for r in found} | measured)
                     for file, text in _run_files(outcome, questions).items():
                         storage.write_bytes(artifact.path("runs", file), text.encode())
                         child.log_artifact(text, f"runs/{file}")
@@ -199,8 +202,11 @@ def make(config: Config, artifact: Artifact) -> None:
                 continue
             outcomes.append((outcome, values))
             records += found
+            costs.append({"method": name, "questions": len(questions), **seconds, "note": ""})
         if outcomes:
-            encoded = _write(config, artifact, run, questions, outcomes, records, _facts(config, artifact, facts, sources))
+            failures = {name: str(error) for name, error in searches.failures.items()}
+            about = _facts(config, artifact, facts, sources)
+            encoded = _write(config, artifact, run, questions, pool, outcomes, records, costs, about, failures)
             if searches.failures:
                 publish(config, artifact)
         searches.raise_failures(bool(outcomes))
@@ -217,24 +223,60 @@ def make(config: Config, artifact: Artifact) -> None:
 
 
 def _write(
-    config: Config, artifact: Artifact, run: tracking.Run, questions: Sequence[Question],
-    outcomes: Sequence[tuple[Outcome, dict[str, metrics.Values]]], records: list[Record], facts: Mapping[str, str],
+    config: Config, artifact: Artifact, run: tracking.Run, questions: Sequence[Question], pool: Pool,
+    outcomes: Sequence[tuple[Outcome, dict[str, metrics.Values]]], records: list[Record], costs: list[Record], facts: Mapping[str, str],
+    failures: Mapping[str, str],
 ) -> bytes:  # fmt: skip
     """Everything of the results artifact but the manifest; the bytes of results.json."""
     settings, encoded = config.evaluate, (json.dumps(records, indent=1) + "\n").encode()
     values = {outcome.method: mine for outcome, mine in outcomes}
-    compared = significance.compare(values, questions, settings.permutations, config.seed)
-    page = report.html(records, facts, tracking.resolved(config))
+    size = config.retriever.answer_size
+    contents = report.Contents(
+        records,
+        facts,
+        tracking.resolved(config),
+        size,
+        tests=significance.compare(values, questions, settings.permutations, config.seed),
+        gap_closure=[
+            r for name in ("em", "f1") for r in significance.gap_closure(values, questions, name, settings.bootstrap, config.seed)
+        ],
+        breakdowns=results.breakdowns(values, questions, settings.bootstrap, config.seed),
+        costs=costs,
+        weights=_weights(config) if not INTRINSIC.isdisjoint(values) else (),
+        failures=failures,
+        judged=judged(config, records),
+        asked=report.sample(outcomes, questions, pool, size, settings.report_questions, config.seed),
+    )
+    page = report.html(contents)
     storage.write_bytes(artifact.path("per_question.parquet"), to_parquet(results.per_question(outcomes, questions)))
-    closed = [r for name in ("em", "f1") for r in significance.gap_closure(values, questions, name, settings.bootstrap, config.seed)]
-    storage.write_json(artifact.path("significance.json"), {"tests": compared, "gap_closure": closed})
-    storage.write_json(artifact.path("breakdowns.json"), results.breakdowns(values, questions, settings.bootstrap, config.seed))
+    storage.write_json(artifact.path("significance.json"), {"tests": contents.tests, "gap_closure": contents.gap_closure})
+    storage.write_json(artifact.path("breakdowns.json"), contents.breakdowns)
+    storage.write_json(artifact.path("costs.json"), costs)
     storage.write_bytes(artifact.path(RESULTS), encoded)
     storage.write_bytes(artifact.path(REPORT), page.encode())
-    storage.write_json(artifact.path("config.json"), tracking.resolved(config))
+    storage.write_json(artifact.path("config.json"), contents.config)
     run.log_artifact(encoded, RESULTS)
     run.log_artifact(page, REPORT)
+    for figure in (figure for made in report.drawn(contents).values() for figure in made):
+        name = "figures/" + re.sub(r"[^\w.-]", "_", figure.name) + ".svg"
+        storage.write_bytes(artifact.path(name), figure.standalone().encode())
+        run.log_artifact(figure.standalone(), name)
     return encoded
+
+
+def judged(config: Config, records: Sequence[Record]) -> list[Record]:
+    """The records against the files of `evaluate.expected`; one of another dataset judges nothing."""
+    facts = lineage.dataset(config).manifest()
+    files = map(expectations.load, config.evaluate.expected)
+    return [record for expected in files if expected.of_dataset(facts) for record in expectations.judge(records, expected)]
+
+
+def _weights(config: Config) -> list[list[float]]:
+    """The retriever's alpha [layers][heads]."""
+    from safetensors.numpy import load
+
+    found: list[list[float]] = load(storage.read_bytes(lineage.retriever(config).path("model.safetensors")))["weights"].tolist()
+    return found
 
 
 def _test_set(config: Config, dataset: Artifact) -> tuple[list[Question], Pool]:
@@ -277,9 +319,14 @@ class Searches:
         return self._known[name]
 
     def cost(self, name: str) -> dict[str, float]:
-        """Seconds that the method's own index and search took, when they were made."""
-        facts = lineage.ranking(self.parts.config, name, self.marks).manifest()
-        return {key: facts[key] for key in ("index_seconds", "search_seconds")}
+        """Seconds that the method's index and search took, when they were made, those of its parts included."""
+        made = [lineage.ranking(self.parts.config, part, self.marks).manifest() for part in self._all_of(name)]
+        return {key: sum(facts[key] for facts in made) for key in ("index_seconds", "search_seconds")}
+
+    def _all_of(self, name: str) -> list[str]:
+        """The method and all it is made of, each once."""
+        parts = [inner for part in self.parts.config.evaluate.parts(name) for inner in self._all_of(part)]
+        return list(dict.fromkeys([*parts, name]))
 
     @property
     def failures(self) -> dict[str, Exception]:
@@ -313,6 +360,8 @@ class Searches:
             return rankings
         for part in self.parts.config.evaluate.parts(name):
             self.ranking(part)  # before the clock starts: their cost is theirs
+            if part in INTRINSIC:
+                self.parts.intrinsic[part].search(self.questions, depth)  # S_0, read or made: in memory from here on
         start = time.perf_counter()
         method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
         method.index(self.pool)
@@ -330,14 +379,14 @@ def _reader(parts: Parts, pool: Pool) -> Reader:
     return Reader(parts, lengths, parts.config.evaluate.answer_batch, parts.config.backbone.answer_tokens)
 
 
-def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outcome, dict[str, float]]:
+def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outcome, dict[str, float | None]]:
     """The method's rankings, as deep as they are judged, and its answers; and the seconds that making them took."""
     config, questions = searches.parts.config, searches.questions
     depth, size = metrics.depth(config.evaluate.k), config.retriever.answer_size
     outcome = Outcome(name, {key: ranking[:depth] for key, ranking in searches.ranking(name).items()})
-    seconds = searches.cost(name)
+    seconds: dict[str, float | None] = {**searches.cost(name)}
     if reader is None:
-        return outcome, seconds
+        return outcome, seconds | {"answer_seconds": None, "answers_read": 0}
     artifact = lineage.answers(config, name, searches.marks)
     if artifact.complete():
         rows = pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(ANSWERS)))).to_pylist()
@@ -345,13 +394,15 @@ def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outc
         for question_id, answer in outcome.answers.items():
             reader.remember(question_id, _top(outcome, question_id, size), answer)
     else:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), reader.read
         chosen = {question.question_id: _top(outcome, question.question_id, size) for question in questions}
         outcome.answers = reader.answer(questions, chosen, f"{name}: answers")
         table = pa.table({"question_id": list(outcome.answers), "answer": list(outcome.answers.values())})
         storage.write_bytes(artifact.path(ANSWERS), to_parquet(table))
-        artifact.finish({"method": name, "answer_seconds": time.perf_counter() - start})
-    return outcome, seconds | {"answer_seconds": artifact.manifest()["answer_seconds"]}
+        artifact.finish({"method": name, "answer_seconds": time.perf_counter() - start, "answers_read": reader.read - before})
+    facts = artifact.manifest()
+    # Before the number of answers was written down, a method's seconds told nothing of one.
+    return outcome, seconds | {key: facts.get(key) for key in ("answer_seconds", "answers_read")}
 
 
 def _top(outcome: Outcome, question_id: str, size: int) -> list[str]:
@@ -379,13 +430,29 @@ def _facts(config: Config, artifact: Artifact, dataset: Mapping[str, Any], sourc
 
 
 def publish(config: Config, artifact: Artifact) -> str:
-    """Copies results and report to <root>/results/, prints the table and the places, returns the place of results.json."""
+    """Copies results and report to <root>/results/, prints the table, what it is judged by and the places; returns results.json's."""
     folder = storage.join(storage.absolute(config.root), "results")
     for name in (RESULTS, REPORT):
         data, place = storage.read_bytes(artifact.path(name)), storage.join(folder, name)
         if not storage.exists(place) or storage.read_bytes(place) != data:
             storage.write_bytes(place, data)
-    print(results.text_table(storage.read_json(artifact.path(RESULTS))))
+    records = storage.read_json(artifact.path(RESULTS))
+    print(results.text_table(records))
+    if config.evaluate.expected:
+        found, names = judged(config, records), [expectations.load(place).name for place in config.evaluate.expected]
+        apart = [
+            f"against {name}: not judged, its values are of another dataset" for name in names if name not in {r["name"] for r in found}
+        ]
+        print("", *expectations.text(found), *apart, sep="\n")
     print(f"\nreport  {storage.join(folder, REPORT)}")
     print(f"MLflow  {tracking.how_to_open(config)}")
     return storage.join(folder, RESULTS)
+
+
+def check_regressions(config: Config) -> None:
+    """Raises Regression, naming each figure, where the complete results fell below a file of `evaluate.expected` with `gate`."""
+    records = storage.read_json(lineage.results(config).path(RESULTS))
+    gates = [expected.name for expected in map(expectations.load, config.evaluate.expected) if expected.gate]
+    failed = [record for record in expectations.regressions(judged(config, records)) if record["name"] in gates]
+    if failed:
+        raise Regression("; ".join(expectations.one_line(record) for record in failed))

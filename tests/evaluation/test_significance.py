@@ -112,7 +112,7 @@ def test_gap_closure_by_hand() -> None:
 
 
 def test_breakdowns() -> None:
-    questions = [ask(0, kind="bridge"), ask(1, kind="comparison", source="title"), ask(2, kind="compositional", hops=4)]
+    questions = [ask(0, kind="bridge"), ask(1, kind="comparison", source="title"), ask(2, kind="", hops=4)]
     table = {"intra": {f"b{n}": {"em": float(n == 2)} for n in range(3)}}
     table["intra"]["b1"]["answer_recall_at_5"] = 1.0
     found = {(r["benchmark"], r["metric"]): (r["value"], r["n"]) for r in results.breakdowns(table, questions, 100, seed=0)}
@@ -120,5 +120,7 @@ def test_breakdowns() -> None:
     assert found["b/hops 4", "em"] == (1.0, 1)
     assert found["b/type comparison", "answer_recall_at_5"] == (1.0, 1)
     assert ("b/type bridge", "answer_recall_at_5") not in found
+    names = ("hops 2", "hops 4", "type bridge", "type comparison", "gold_source annotated", "gold_source title")
+    assert {name for name, _ in found} == {f"b/{name}" for name in names}
     assert found["b/gold_source annotated", "em"] == (0.5, 2)
     assert found["b/gold_source annotated", "em"][1] + found["b/gold_source title", "em"][1] == 3

@@ -118,9 +118,11 @@ def test_what_lies_beside_them(finished: tuple[Config, str]) -> None:
     config, place = finished
     artifact = lineage.results(config)
     assert set(storage.names(artifact.url)) == {
-        "breakdowns.json", "config.json", "manifest.json", "per_question.parquet", "report.html", "results.json", "runs",
-        "significance.json",
+        "breakdowns.json", "config.json", "costs.json", "figures", "manifest.json", "per_question.parquet", "report.html", "results.json",
+        "runs", "significance.json",
     }  # fmt: skip
+    drawn = {"answers.synthetic.svg", "cost.em.svg", "cost.recall.svg", "recall.synthetic.svg", "three-sets.svg", "weights.svg"}
+    assert set(storage.names(artifact.path("figures"))) - {"gap.synthetic.svg"} == drawn  # an untrained oracle may answer nothing
     assert set(storage.names(artifact.path("runs"))) == {f"{method}.synthetic.trec" for method in METHODS}
     assert storage.read_bytes(artifact.path("results.json")) == Path(place).read_bytes()
     assert storage.read_bytes(artifact.path("report.html")) == Path(config.root, "results", "report.html").read_bytes()
@@ -166,7 +168,9 @@ def test_mlflow_holds_a_parent_and_a_child_per_method(finished: tuple[Config, st
     assert parent.data.tags["fingerprint"] == lineage.results(config).fingerprint
     assert parent.data.params["evaluate.k"] == "[5, 10]"
     assert {entry.dataset.name for entry in parent.inputs.dataset_inputs} == {"pool", "questions", "store", "retriever"}
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"config.json", "report.html", "results.json"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"config.json", "figures", "report.html", "results.json"}
+    drawn = {file.path for file in client.list_artifacts(parent.info.run_id, "figures")}
+    assert drawn == {f"figures/{name}" for name in storage.names(lineage.results(config).path("figures"))}
     children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     assert set(children) == set(METHODS)
     records = {(r["method"], r["benchmark"], r["metric"]): r["value"] for r in json.loads(Path(place).read_text())}
@@ -407,3 +411,46 @@ def test_ablation_sets_its_rows_in_one_table(
 
     assert cli.main("", ablate.plan, ablate.run, ["--config", str(file), "ablation.rows.INTRA=[retriever.tokenz=1]"]) == 2
     assert "unknown key 'retriever.tokenz'; did you mean 'retriever.tokens'?" in capsys.readouterr().err
+
+
+def test_results_are_judged_and_a_fall_ends_a_night_with_3(
+    finished: tuple[Config, str], ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What evaluate --expect prints expects these results again; a fall below it is named; another dataset's values judge nothing."""
+    config, _ = finished
+    for kind in ("dataset", "store", "retriever", "ranking", "answers"):
+        Path(tmp_path, kind).symlink_to(Path(config.root, kind))
+    values = {**config.model_dump(), "root": str(tmp_path), "tracking": {"uri": ledger, "experiment": "judged"}}
+    file, expected = tmp_path / "run.yaml", tmp_path / "expected.yaml"
+    file.write_text(json.dumps(values))
+    start = ["--config", str(file)]
+    assert cli.main("", nightly.plan, nightly.run, start) == 0
+    capsys.readouterr()
+    assert cli.main("", evaluate.plan, evaluate.run, [*start, "--expect"], others={"expect": (evaluate.expect, "")}) == 0
+    text = capsys.readouterr().out
+
+    judge = [*start, f"evaluate.expected=[{expected}]"]
+    assert cli.main("", nightly.plan, nightly.run, judge) == 2
+    assert f"evaluate.expected: no file {expected}" in capsys.readouterr().err
+    expected.write_text(text)
+    assert cli.main("", nightly.plan, nightly.run, judge) == 0
+    out, _ = capsys.readouterr()
+    assert "against the last nightly run: 24 OK" in out.splitlines()
+    assert "<li>against the last nightly run: 24 OK</li>" in (tmp_path / "results" / "report.html").read_text()
+
+    bm25 = next(r for r in json.loads((tmp_path / "results" / "results.json").read_text()) if (r["method"], r["metric"]) == ("bm25", "f1"))
+    now = f"bm25: [{bm25['value']:.3f}, {bm25['low']:.3f}, {bm25['high']:.3f}]"
+    head, _, rest = text.rpartition(now)
+    expected.write_text(f"{head}bm25: [0.999, 0.998, 1.0]{rest}")
+    for _ in range(2):  # also when all of it is there already
+        assert cli.main("", nightly.plan, nightly.run, judge) == 3
+        out, error = capsys.readouterr()
+        assert error.splitlines()[-1].startswith(
+            f"regression: FAIL: bm25, synthetic, F1: {bm25['value']:.3f}, expected 0.999 [0.998, 1.000]"
+        )
+        assert "against the last nightly run: 23 OK, 1 FAIL" in out.splitlines()
+    assert cli.main("", evaluate.plan, evaluate.run, judge) == 0  # evaluate judges, but only a night fails by it
+    capsys.readouterr()
+    expected.write_text(expected.read_text().replace("questions_sha256: ", "questions_sha256: 0"))
+    assert cli.main("", nightly.plan, nightly.run, judge) == 0
+    assert "against the last nightly run: not judged, its values are of another dataset" in capsys.readouterr().out
