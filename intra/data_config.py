@@ -45,6 +45,10 @@ class FileConfig(Section):
             raise ValueError(f"data.files: {self.path}: revision and sha256 go with repo; name the data set")
         if self.repo and any(sign in self.path for sign in "*?["):
             raise ValueError(f"data.files: {self.path}: a file of the hub is named in full; write one entry for each")
+        if self.repo and self.format == "beir":
+            raise ValueError(f"data.files: {self.path}: of the hub single files are fetched, no folders; fetch it by hand and remove repo")
+        if self.repo and (self.path.startswith(("/", "s3://")) or ".." in self.path.split("/")):
+            raise ValueError(f"data.files: {self.path}: a file of the hub lies below data.path; write its path in {self.repo}")
         return self
 
 

@@ -8,6 +8,7 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -75,11 +76,15 @@ def _fetch(data: DataConfig, entry: FileConfig, endpoint: str | None) -> str:
         raise UserError(f"{name}: sha256 is pinned as {entry.sha256}, the hub has {checksum}; mend one of revision and sha256")
     target = _target(data, entry)
     partial = target.with_name(f"{target.name}.{checksum[:12]}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("ab")
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be written ({error.strerror}); name a folder that can be as data.path") from None
     headers = build_hf_headers()
     if urlsplit(about.location).hostname != urlsplit(url).hostname:
         headers.pop("authorization", None)  # the token is for the hub, not for where it keeps its files
-    with partial.open("ab") as file:
+    with file:
         if about.size is not None and file.tell() > about.size:
             file.truncate(0)
         _asked(
@@ -130,7 +135,9 @@ def _here(data: DataConfig, entry: FileConfig) -> bool:
     target, record = _target(data, entry), _record(data, entry)
     if not target.exists():
         return False
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # none, or damaged: then nothing is known
+        known = json.loads(record.read_text())
     same = known.get("repo") == entry.repo and known.get("size") == target.stat().st_size
     if same and known.get("revision") == entry.revision and entry.sha256 in (None, known.get("sha256")):
         return True

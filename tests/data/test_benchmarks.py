@@ -387,6 +387,9 @@ def test_bad_parquet_files(tmp_path: Path) -> None:
         ({"format": "psgs", "path": "a", "revision": "main"}, "revision and sha256 go with repo"),
         ({"format": "psgs", "path": "a*", "repo": "o/n"}, "a file of the hub is named in full"),
         ({"format": "psgs", "path": "a", "repo": "o/n", "sha256": "12"}, "sha256 must be 64 hex digits"),
+        ({"format": "beir", "path": "a", "benchmark": "b", "repo": "o/n"}, "of the hub single files are fetched, no folders"),
+        ({"format": "psgs", "path": "/a", "repo": "o/n"}, "a file of the hub lies below data.path; write its path in o/n"),
+        ({"format": "psgs", "path": "b/../../a", "repo": "o/n"}, "a file of the hub lies below data.path; write its path in o/n"),
     ],
 )
 def test_what_an_entry_may_say(entry: dict[str, str], found: str) -> None:

@@ -34,6 +34,8 @@ class Hub:
         self.commit = COMMIT  # that it answers with
         self.cuts: list[int | None] = []  # after so many bytes the next answers end; None refuses with 500
         self.asked: list[tuple[str, str | None]] = []  # (method, Range) of requests for files
+        self.elsewhere = False  # whether the bytes of files lie at another host, as the hub's large ones do
+        self.tokens: dict[str, str | None] = {}  # the last authorization that each host was shown
         self.url = ""
 
 
@@ -69,6 +71,12 @@ def handler(state: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             if name not in state.files:
                 return self.answer(404, {"X-Error-Code": "EntryNotFound"})
             content = state.files[name]
+            host = self.headers["Host"].split(":")[0]
+            state.tokens[host] = self.headers.get("Authorization")
+            if state.elsewhere and host == "127.0.0.1":
+                place = f"{state.url.replace(host, 'localhost')}{self.path}"
+                linked = {"X-Linked-Etag": f'"{state.etags[name]}"', "X-Linked-Size": str(len(content)), "X-Repo-Commit": state.commit}
+                return self.answer(302, {"Location": place, "ETag": '"of the pointer"', **linked})
             state.asked.append((self.command, self.headers.get("Range")))
             headers = {"X-Repo-Commit": state.commit, "ETag": f'"{state.etags[name]}"', "Accept-Ranges": "bytes"}
             if self.command == "HEAD":
@@ -134,6 +142,28 @@ def test_fetched_once_and_read(server: Hub, tmp_path: Path) -> None:
     assert hub.fetch(data, server.url) == []
     assert hub.fetch(data.model_copy(update={"offline": True}), server.url) == []
     assert server.asked == []
+
+
+def test_large_files_lie_elsewhere_and_the_token_stays_here(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.elsewhere = True
+    server.cuts = [100_000]
+    hub.fetch(config(tmp_path), server.url)
+    assert (tmp_path / "big.jsonl").read_bytes() == CONTENT
+    assert server.asked == [("GET", None), ("GET", "bytes=100000-")]
+    assert server.tokens == {"127.0.0.1": "Bearer hf_secret", "localhost": None}
+
+
+def test_a_download_that_was_cut_after_its_last_byte(server: Hub, tmp_path: Path) -> None:
+    (tmp_path / f"big.jsonl.{server.etags['big.jsonl'][:12]}.partial").write_bytes(CONTENT)
+    hub.fetch(config(tmp_path), server.url)
+    assert (server.asked, left(tmp_path)) == ([("HEAD", None)], [".fetched/big.jsonl.json", "big.jsonl"])
+
+
+def test_a_place_that_cannot_be_written(server: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/big.jsonl\..*partial: cannot be written \(File exists\); name a folder"):
+        hub.fetch(config(tmp_path / "file"), server.url)
 
 
 def test_a_small_file_is_checked_as_git_knows_it(server: Hub, tmp_path: Path) -> None:
@@ -222,6 +252,10 @@ def test_a_file_in_the_way(server: Hub, tmp_path: Path) -> None:
     hub.fetch(config(tmp_path, sha256=hashlib.sha256(CONTENT).hexdigest()), server.url)  # known by its checksum
     assert server.asked == []
     with pytest.raises(UserError, match=r"big.jsonl: is not what data.files names .* but nothing known; remove it"):
+        hub.fetch(config(tmp_path), server.url)
+    (tmp_path / ".fetched" / "big.jsonl.json").parent.mkdir()
+    (tmp_path / ".fetched" / "big.jsonl.json").write_text("{")
+    with pytest.raises(UserError, match=r"but nothing known; remove it"):
         hub.fetch(config(tmp_path), server.url)
     (tmp_path / "big.jsonl").unlink()
     hub.fetch(config(tmp_path), server.url)
