@@ -2,6 +2,7 @@
 
     python workflows/evaluate.py --config configs/quickstart.yaml
     python workflows/evaluate.py --config configs/nightly.yaml --expect > configs/expected-nightly.yaml     # to judge later nights by
+    python workflows/evaluate.py --compare runs/a runs/b             # two runs side by side, with paired significance
     python workflows/evaluate.py --config configs/quickstart.yaml evaluate.methods=[bm25,tfidf] evaluate.answers=false     # dataset only
     ray job submit --working-dir . -- python workflows/evaluate.py --config configs/paper.yaml root=s3://bucket/run
 
@@ -13,7 +14,7 @@ path of results.json as its last line. A method that is done stays done: the sam
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from intra import cli, cluster, lineage
@@ -130,5 +131,23 @@ def expect(config: Config) -> str:
     return expectations.written(storage.read_json(artifact.path(evaluation.RESULTS)), "the last nightly run", source, facts)
 
 
+def compare(places: Sequence[str]) -> str:
+    """Two runs side by side, each a results folder or a root."""
+    from intra.evaluation import compare
+
+    if len(places) != 2:
+        raise UserError("usage: workflows/evaluate.py --compare RUN_A RUN_B (each a root, or a folder of its results)")
+    a, b = map(compare.read, places)
+    settings = Config(root="").evaluate
+    return compare.text(a, b, compare.compare(a, b, settings.permutations, settings.bootstrap, 0))
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["--compare"]:
+        return cli.status(lambda: compare(arguments[1:]))
+    others = {"expect": (expect, "print the results as a file of evaluate.expected; make nothing")}
+    return cli.main(__doc__, plan, run, arguments, others)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main(__doc__, plan, run, others={"expect": (expect, "print the results as a file of evaluate.expected; make nothing")}))
+    sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,12 @@ from intra.method import Ranking, Rankings
 
 Record = dict[str, Any]
 
+PER_QUESTION = "per_question.parquet"
+FIXED = {
+    **{name: pa.string() for name in ("method", "question_id", "benchmark", "type", "question")},
+    "gold": pa.list_(pa.list_(pa.string())), "ids": pa.list_(pa.string()), "scores": pa.list_(pa.float64()),
+    "answers": pa.list_(pa.string()), "answer": pa.string(),
+}  # columns of per_question.parquet; the others are metrics  # fmt: skip
 RANKINGS_SCHEMA = pa.schema([("question_id", pa.string()), ("ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
 
 
@@ -125,10 +131,7 @@ def per_question(outcomes: Sequence[tuple[Outcome, Mapping[str, metrics.Values]]
             )
     every = dict.fromkeys(name for _, values in outcomes for row in values.values() for name in row)
     measured = [(name, pa.float64()) for name in every]
-    text, texts = pa.string(), pa.list_(pa.string())
-    fixed = [("method", text), ("question_id", text), ("benchmark", text), ("type", text), ("question", text), ("gold", pa.list_(texts)),
-             ("ids", texts), ("scores", pa.list_(pa.float64())), ("answers", texts), ("answer", text)]  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=pa.schema([*fixed, *measured]))
+    return pa.Table.from_pylist(rows, schema=pa.schema([*FIXED.items(), *measured]))
 
 
 def trec(method: str, rankings: Mapping[str, Ranking], questions: Sequence[Question]) -> str:
@@ -179,10 +182,14 @@ def text_table(found: Sequence[Record]) -> str:
             first = next((cell for cell in cells if cell), None)
             if first:
                 lines.append([benchmark, method, str(first["n"]), *(interval(cell) if cell else "" for cell in cells)])
+    return "\n".join(["complete R@k: all gold evidence in the top k; [95 % interval]", *aligned(lines)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells in columns, a rule below the first."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join(["complete R@k: all gold evidence in the top k; [95 % interval]", rows[0], rule, *rows[1:]])
+    return [rows[0], "  ".join("-" * width for width in widths), *rows[1:]]
 
 
 def interval(record: Record) -> str:

@@ -84,6 +84,7 @@ class Parts:
             Retriever.from_pretrained(lineage.retriever(self.config).url),
             query_batch=settings.query_batch,
             tile_chunks=settings.tile_chunks,
+            search=settings.search,
         )
         return {method.name: method for method in search.methods(passes, settings.answer_size, settings.answer_initial)}
 
@@ -248,7 +249,7 @@ def _write(
         asked=report.sample(outcomes, questions, pool, size, settings.report_questions, config.seed),
     )
     page = report.html(contents)
-    storage.write_bytes(artifact.path("per_question.parquet"), to_parquet(results.per_question(outcomes, questions)))
+    storage.write_bytes(artifact.path(results.PER_QUESTION), to_parquet(results.per_question(outcomes, questions)))
     storage.write_json(artifact.path("significance.json"), {"tests": contents.tests, "gap_closure": contents.gap_closure})
     storage.write_json(artifact.path("breakdowns.json"), contents.breakdowns)
     storage.write_json(artifact.path("costs.json"), costs)
