@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from intra import storage
+from intra.errors import WorkflowError
 
 POOL = "pool.parquet"
 QUESTIONS = "questions.parquet"
@@ -97,14 +98,26 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def read_pool(url: str) -> Pool:
-    return Pool(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(url, POOL)))))
+    """Raises WorkflowError, as the others here that read, where the dataset's file is missing or damaged."""
+    return Pool(_opened(url, POOL).read())
+
+
+def _opened(dataset: str, name: str) -> pq.ParquetFile:
+    place = storage.join(dataset, name)
+    try:
+        return pq.ParquetFile(io.BytesIO(storage.read_bytes(place)))
+    except FileNotFoundError:
+        reason = "is missing"
+    except (pa.ArrowException, OSError) as error:
+        reason = f"is damaged ({' '.join(str(error).split())[:120]})"
+    raise WorkflowError(f"{place}: {reason}; remove {dataset} and run workflows/prepare.py again")
 
 
 class PoolFile:
     """The pool, opened to read slices of it: held compressed, one row group decoded at a time."""
 
     def __init__(self, url: str) -> None:
-        self._file = pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(url, POOL))))
+        self._file = _opened(url, POOL)
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._starts = [0, *itertools.accumulate(sizes)]
         self._group: tuple[int, pa.Table] | None = None
@@ -134,7 +147,7 @@ def questions_table(questions: Sequence[Question]) -> pa.Table:
 
 
 def read_questions(url: str, split: str | None = None) -> list[Question]:
-    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(url, QUESTIONS))))
+    table = _opened(url, QUESTIONS).read()
     return [
         Question(**{**row, "answers": tuple(row["answers"]), "gold": tuple(tuple(group) for group in row["gold"])})
         for row in table.to_pylist()

@@ -9,6 +9,7 @@ import pytest
 
 from intra import storage
 from intra.data import schema
+from intra.errors import WorkflowError
 
 
 @pytest.fixture
@@ -35,3 +36,12 @@ def test_slices_are_those_of_the_whole_pool(url: str, first: int, count: int) ->
     assert part.chunk_ids == whole.chunk_ids[first : first + count]
     assert part.texts == whole.texts[first : first + count]
     assert part.table.schema == whole.table.schema
+
+
+def test_a_missing_or_damaged_file_is_said(url: str) -> None:
+    with pytest.raises(WorkflowError, match=rf"^{url}/questions.parquet: is missing; remove {url} and run workflows/prepare.py again"):
+        schema.read_questions(url)
+    storage.write_bytes(f"{url}/{schema.POOL}", storage.read_bytes(f"{url}/{schema.POOL}")[:-9])
+    for read in (schema.read_pool, schema.PoolFile):
+        with pytest.raises(WorkflowError, match=rf"^{url}/pool.parquet: is damaged \(.*\); remove {url}"):
+            read(url)
