@@ -68,7 +68,7 @@ def _reached(address: str) -> str:
 def _logical_cpus(config: Config | None) -> int:
     cpus = os.cpu_count() or 1
     if config is not None:
-        steps = (config.backbone.warmstart, config.store, config.retriever.train, config.evaluate)
+        steps = (config.backbone.warmstart, config.store, config.retriever.train, config.retriever.search, config.evaluate)
         cpus = max(cpus, *(part.workers * part.threads for part in steps))
     return cpus + 2
 

@@ -182,6 +182,21 @@ class RetrieverTrainConfig(Section):
         return self
 
 
+class SearchConfig(Section):
+    """How s_i of the whole pool is computed (intra/retrieval/intrinsic.py)."""
+
+    scorer: Literal["exact", "head_space", "reverse", "paper", "int8", "cascade", "auto"] = Field(
+        "exact", description="exact: head_space or reverse, by the batch; int8, cascade: a scan, then exact; auto: by pool and batch"
+    )
+    candidates: int = Field(200, ge=1, description="chunks a question that int8 and cascade score exactly")
+    recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or a safer scorer follows")
+    in_memory: bool = Field(False, description="pooled vectors are kept in memory, not read again for each batch of questions")
+    workers: int = Field(0, ge=0, description="Ray actors that hold the pooled vectors in their memory; 0: this process alone")
+    parts: int | None = Field(None, ge=1, description="ranges of the pool that the workers share; null: as many as workers")
+    threads: int = Field(1, ge=1)
+    gpus_per_worker: float = Field(0, ge=0)
+
+
 class RetrieverConfig(Section):
     tokens: int = Field(64, ge=1, description="R, paper section 4.2")
     pooled_length: int = Field(7, ge=1, description="L_p, paper section 3.3")
@@ -193,13 +208,16 @@ class RetrieverConfig(Section):
     answer_size: int = Field(5, ge=1, description="chunks the answer is read from")
     answer_initial: int = Field(1, ge=0, description="of those, taken from the top of S_0 (the paper's 4 + 1)")
     query_batch: int = Field(16, ge=1)
-    tile_chunks: int = Field(2048, ge=1, description="chunks scored at once")
+    tile_chunks: int = Field(2048, ge=1, description="chunks scored at once; rounded up to a multiple of 1,024 for s_i")
+    search: SearchConfig = SearchConfig()
     train: RetrieverTrainConfig = RetrieverTrainConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.answer_initial > self.answer_size:
             raise ValueError("retriever.answer_initial must not exceed retriever.answer_size")
+        if self.scoring == "mixed" and self.search.scorer not in ("exact", "auto"):
+            raise ValueError(f"retriever.search.scorer={self.search.scorer} does not serve retriever.scoring=mixed; take exact")
         return self
 
 
@@ -213,6 +231,7 @@ class AblationConfig(Section):
 class TrackingConfig(Section):
     uri: str | None = Field(None, description="MLflow; null keeps a SQLite store beside the run")
     experiment: str | None = Field(None, description="null takes the configuration file's name")
+    system_metrics: bool = Field(True, description="the machine's load, every ten seconds of a step")
 
 
 class Config(Section):

@@ -29,6 +29,7 @@ from intra.evaluate_config import DenseConfig, FusionConfig, ModelConfig, Rerank
 from intra.evaluation import expectations
 from intra.store.format import FORMAT
 
+EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
 
 
@@ -90,8 +91,8 @@ def store(config: Config) -> Artifact:
 
 
 def retriever(config: Config) -> Artifact:
-    settings = config.retriever.model_dump(exclude={"query_batch": True, "tile_chunks": True, "answer_size": True, "answer_initial": True,
-                                                    "train": {"checkpoint_every", "workers", "gpus_per_worker"}})  # fmt: skip
+    asked = {"query_batch": True, "tile_chunks": True, "search": True, "answer_size": True, "answer_initial": True}
+    settings = config.retriever.model_dump(exclude={**asked, "train": {"checkpoint_every", "workers", "gpus_per_worker"}})
     return _artifact(
         config,
         "retriever",
@@ -185,7 +186,9 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
         return [vectors(config, name, marks).fingerprint, model.model_dump(include={"query_prompt", "query_length"})]
     if name in ("intra", "maxsim", "s0_reranked"):
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
-        return [marks.store, marks.retriever, config.backbone.prompt, answer]
+        search = config.retriever.search
+        scan = [search.scorer, search.candidates, search.recall] if search.scorer not in EXACT and name != "maxsim" else []
+        return [marks.store, marks.retriever, config.backbone.prompt, answer, *scan]
     return [config.evaluate.bm25.model_dump()] if name == "bm25" else [config.seed] if name in ("random", "oracle") else []
 
 

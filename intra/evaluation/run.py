@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from intra import lineage, storage, tracking
+from intra import cluster, lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.data.schema import POOL, QUESTIONS, Pool, Question, read_pool, read_questions, to_parquet
@@ -78,6 +78,8 @@ class Parts:
         from intra.retrieval.retriever import Retriever
 
         settings = self.config.retriever
+        if settings.search.workers:
+            cluster.connect(self.config)
         passes = search.Passes(
             self.backbone,
             self.store,
@@ -195,6 +197,7 @@ def make(config: Config, artifact: Artifact) -> None:
                     found = results.records(name, questions, values, config.evaluate.bootstrap, config.seed)
                     measured = {key: value for key, value in seconds.items() if value is not None}
                     child.log_metrics({f"{r['benchmark']}/{r['metric']}": r["value"] for r in found} | measured)
+                    _log_curves(child, found)
                     for file, text in _run_files(outcome, questions).items():
                         storage.write_bytes(artifact.path("runs", file), text.encode())
                         child.log_artifact(text, f"runs/{file}")
@@ -203,6 +206,8 @@ def make(config: Config, artifact: Artifact) -> None:
                 continue
             outcomes.append((outcome, values))
             records += found
+            whole = results.whole(found)
+            run.log_metrics({f"{name}/{r['benchmark']}/{r['metric']}": r["value"] for r in found if r["benchmark"] in whole})
             costs.append({"method": name, "questions": len(questions), **seconds, "note": ""})
         if outcomes:
             failures = {name: str(error) for name, error in searches.failures.items()}
@@ -256,6 +261,7 @@ def _write(
     storage.write_bytes(artifact.path(RESULTS), encoded)
     storage.write_bytes(artifact.path(REPORT), page.encode())
     storage.write_json(artifact.path("config.json"), contents.config)
+    _tag_retriever(config, run, artifact, records)
     run.log_artifact(encoded, RESULTS)
     run.log_artifact(page, REPORT)
     for figure in (figure for made in report.drawn(contents).values() for figure in made):
@@ -263,6 +269,26 @@ def _write(
         storage.write_bytes(artifact.path(name), figure.standalone().encode())
         run.log_artifact(figure.standalone(), name)
     return encoded
+
+
+def _log_curves(run: tracking.Run, found: Sequence[Record]) -> None:
+    """Metrics at k once more, with k as the step: MLflow draws them as curves."""
+    by_k: dict[int, dict[str, float]] = {}
+    for record in found:
+        name, _, k = record["metric"].partition("_at_")
+        if k and name != "ndcg":
+            by_k.setdefault(int(k), {})[f"{record['benchmark']}/{name}"] = record["value"]
+    for k, values in sorted(by_k.items()):
+        run.log_metrics(values, k)
+
+
+def _tag_retriever(config: Config, run: tracking.Run, artifact: Artifact, records: Sequence[Record]) -> None:
+    """How the registered retriever did: INTRA's figures of the main table, as tags of its version."""
+    shown, whole = results.shown(records), results.whole(records)
+    mine = [r for r in records if r["method"] == "intra" and r["metric"] in shown and r["benchmark"] in whole]
+    if mine:
+        tags = {f"{r['benchmark']}/{r['metric']}": results.interval(r) for r in mine}
+        run.tag_model(tracking.model_name(config), lineage.retriever(config).fingerprint, {**tags, "results": artifact.fingerprint})
 
 
 def judged(config: Config, records: Sequence[Record]) -> list[Record]:

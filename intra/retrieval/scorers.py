@@ -44,6 +44,9 @@ PART = 512  # chunks whose keys are made at once on a CPU; divides ALIGN
 # On one AVX512 core, 448 to 1,792 rows by 512 to 2,048 columns ran within a tenth of each other; beyond 2**20 products leave the cache.
 PRODUCT = 2**20  # elements of a product on a CPU
 COLUMNS = 1024  # of it at most
+# With so many rows and columns at least (zeros are added), a float32 product of MKL has the same bits wherever a row or column stands and
+# however many stand beside it (tried on AVX512, widths 8 to 256): scores depend neither on neighbours nor on the batch of questions.
+WIDE = 16
 INT8 = 127
 _TINY = 1e-20  # stands for the scale of a chunk whose keys are all zero
 
@@ -105,7 +108,7 @@ class _Head(NamedTuple):
 
     layer: int
     group: int
-    panels: list[Tensor]  # [e or d, columns], each of whole tokens; together B * s * R columns, question by question
+    panels: list[tuple[Tensor, int]]  # [e or d, columns], then zeros up to a multiple of WIDE; B * s * R in all, question by question
     scales: Tensor | None  # [B * s], of int8 queries
     weights: Tensor  # [s], alpha * scaling / temperature
 
@@ -157,18 +160,24 @@ class LayerScorer:
                 scales = scales.flatten()
             flat = mine.reshape(-1, mine.shape[-1])
             step = flat.shape[0] if flat.is_cuda else max(1, COLUMNS // self.tokens) * self.tokens
-            panels = [part.contiguous().T for part in flat.split(step)]
-            yield _Head(layer, group, panels if self.form == "int8" else [p.contiguous() for p in panels], scales, weights[heads])
+            panels = [(torch.nn.functional.pad(part, (0, 0, 0, -len(part) % WIDE)).T, len(part)) for part in flat.split(step)]
+            if self.form != "int8":  # integers are multiplied by columns as they lie
+                panels = [(panel.contiguous(), columns) for panel, columns in panels]
+            yield _Head(layer, group, panels, scales, weights[heads])
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def __call__(self, pooled: Tensor, scalars: Tensor | None = None) -> Tensor:
         """pooled [N, P, d] on the queries' device, scalars [L, G, N, P] (`reverse`; made here where they are not given) -> [B, C, N]."""
+        count = len(pooled)
+        if missing := -count % WIDE:
+            pooled = torch.cat([pooled, pooled[:1].expand(missing, -1, -1)])
+            scalars = None if scalars is None else torch.cat([scalars, scalars[:, :, :1].expand(-1, -1, missing, -1)], dim=2)
         total = torch.zeros(self.components, len(pooled), self.questions, device=pooled.device)
         step = len(pooled) if pooled.is_cuda else PART
         for first in range(0, len(pooled), max(1, step)):
             rows = slice(first, first + step)
             self._add(total[:, rows], pooled[rows], None if scalars is None else scalars[:, :, rows])
-        return total.permute(2, 0, 1)
+        return total[:, :count].permute(2, 0, 1)
 
     def _add(self, total: Tensor, pooled: Tensor, scalars: Tensor | None) -> None:
         count, length = pooled.shape[:2]
@@ -192,16 +201,18 @@ class LayerScorer:
             sums = self._sums(keys, head, length, None if own is None else own.reshape(-1, 1).to(dtype))
             if scale is not None:
                 sums = sums * scale[:, None]
-            total[head.layer if self.components > 1 else 0] += sums.view(count, self.questions, -1) @ head.weights
+            mine, each = total[head.layer if self.components > 1 else 0], sums.view(count, self.questions, -1)
+            for number, weight in enumerate(head.weights):
+                mine.addcmul_(each[:, :, number], weight)
 
     def _sums(self, keys: Tensor, head: _Head, length: int, factors: Tensor | None) -> Tensor:
         """sum_r max_p of keys [n * P, w] against the columns of a head -> [n, B * s] float32."""
         count, tokens = len(keys) // length, self.tokens
         integer = keys.dtype == torch.int8
-        sums = torch.empty(count, sum(panel.shape[1] for panel in head.panels) // tokens, device=keys.device)
+        sums = torch.empty(count, self.questions * len(head.weights), device=keys.device)
         place = 0
-        for panel in head.panels:
-            width = panel.shape[1]
+        for panel, columns in head.panels:
+            width, mine = panel.shape[1], columns // tokens
             step = _step(length, width, count, keys.is_cuda)
             product, maxima = self._buffers(step, length, width, torch.int32 if integer else keys.dtype, keys.device)
             for first in range(0, count, step):
@@ -213,8 +224,8 @@ class LayerScorer:
                     here.mul_(factors[first * length : (first + n) * length])
                 torch.amax(here.view(n, length, width), dim=1, out=best)
                 kind = torch.int32 if integer else torch.float32
-                sums[first : first + n, place : place + width // tokens] = best.view(n, -1, tokens).sum(dim=2, dtype=kind)
-            place += width // tokens
+                sums[first : first + n, place : place + mine] = best[:, :columns].view(n, mine, tokens).sum(dim=2, dtype=kind)
+            place += mine
         return sums if head.scales is None else sums * head.scales
 
     def _buffers(self, step: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

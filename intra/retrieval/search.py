@@ -9,17 +9,23 @@ every chunk. Each is computed once for a question, whichever method asks first. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from intra.data.schema import Pool, Question
+from intra.config import SearchConfig
+from intra.data import schema
+from intra.data.schema import Question
 from intra.errors import UserError
 from intra.method import Method, Ranking, Rankings
 from intra.retrieval import initial, scoring
+from intra.retrieval.intrinsic import Searcher
+from intra.retrieval.pools import Ask, Local, Pool
+from intra.retrieval.scorers import Keys
 from intra.retrieval.scoring import Scored
 
 if TYPE_CHECKING:
@@ -32,19 +38,30 @@ class Passes:
     """S_0, the retrieval pass and s_i for sets of questions; keeps the best rows of each question it has seen."""
 
     def __init__(
-        self, backbone: Backbone, store: ChunkStore, retriever: Retriever, *, query_batch: int = 16, tile_chunks: int = 2048
+        self,
+        backbone: Backbone,
+        store: ChunkStore,
+        retriever: Retriever,
+        *,
+        query_batch: int = 16,
+        tile_chunks: int = 2048,
+        search: SearchConfig | None = None,
     ) -> None:
-        """Raises UserError where backbone, store and retriever do not fit each other."""
+        """Raises UserError where backbone, store and retriever do not fit each other. With `search.workers` Ray must be connected."""
         retriever.check(backbone)
         retriever.check_store(store.hidden_size, store.pooled_length)
         self.backbone, self.store, self.retriever = backbone, store, retriever
         self.query_batch, self.tile_chunks = query_batch, tile_chunks
+        settings = search or SearchConfig()
+        keys = Keys.of(backbone)
+        pool = _fleet(store, keys, settings, tile_chunks, str(backbone.device)) if settings.workers else None
+        self._searcher = Searcher(pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory), settings, backbone.device)
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}
         self._normalisers: dict[str, Tensor] = {}  # log-normaliser of each component over the pool
 
-    def check(self, pool: Pool) -> None:
+    def check(self, pool: schema.Pool) -> None:
         """Raises UserError where the store does not hold the pool's chunks in the pool's order."""
         if list(self.store.chunk_ids) != pool.chunk_ids:
             raise UserError(
@@ -66,9 +83,9 @@ class Passes:
         todo = _lacking(self._intrinsic, questions, min(k, len(self.store)))
         with torch.no_grad():
             for batch, queries in self._retrieval_pass(todo, "s_i over the pool"):
-                best = scoring.top_k(self.store.tiles(self.tile_chunks), self._scores(batch, queries), k)
-                for question, scored in zip(batch, best.pairs(), strict=True):
-                    self._intrinsic[question.question_id] = scored
+                found = self._searcher.find(Ask.of(self.retriever, queries, self.backbone), k)
+                self._remember(batch, found.normalisers)
+                self._intrinsic.update(zip((question.question_id for question in batch), found.pairs, strict=True))
         return {question.question_id: self._intrinsic[question.question_id] for question in questions}
 
     def context(self, questions: Sequence[Question]) -> dict[str, Scored]:
@@ -80,28 +97,26 @@ class Passes:
         rows_of = {key: sorted(row for row, _ in scored[:n_0]) for key, scored in self.initial(todo, n_0).items()}
         with torch.no_grad():
             for batch, queries in self._retrieval_pass(todo, "s_i of S_0"):
-                union = sorted({row for question in batch for row in rows_of[question.question_id]})
-                place = {row: index for index, row in enumerate(union)}
-                scores = self._scores(batch, queries)(self.store.pooled(union)).float().tolist()
-                for question, mine in zip(batch, scores, strict=True):
-                    scored = [(row, mine[place[row]]) for row in rows_of[question.question_id]]
+                rows = [rows_of[question.question_id] for question in batch]
+                scores = self._scores(batch, Ask.of(self.retriever, queries, self.backbone), rows)
+                for question, mine, each in zip(batch, rows, scores, strict=True):
+                    scored = list(zip(mine, each.tolist(), strict=True))
                     self._context[question.question_id] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))
         return {question.question_id: self._context[question.question_id] for question in questions}
 
-    def _scores(self, batch: Sequence[Question], queries: Tensor) -> Callable[[Tensor], Tensor]:
-        """s_i of any chunks: pooled [n, P, d] -> [B, n]. A mixture's normalisers are taken over the whole pool, once for a question."""
-        scorer = self.retriever.scorer(queries, self.backbone)
-
-        def components(pooled: Tensor) -> Tensor:
-            return scorer(pooled.to(self.backbone.device))
-
-        if self.retriever.settings.scoring != "mixture":
-            return lambda pooled: components(pooled)[:, 0]
+    def _scores(self, batch: Sequence[Question], ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """s_i of rows of each question's own: [n_b]. A mixture's normalisers are taken over the whole pool, once for a question."""
+        z = self._searcher.components(ask, rows)
+        if ask.kind != "mixture":
+            return [each[0] for each in z]
         if any(question.question_id not in self._normalisers for question in batch):
-            found = scoring.log_normalisers(self.store.tiles(self.tile_chunks), components)
-            self._normalisers.update((question.question_id, mine) for question, mine in zip(batch, found, strict=True))
-        normalisers = torch.stack([self._normalisers[question.question_id] for question in batch])
-        return lambda pooled: scoring.log_mixture(components(pooled), normalisers)
+            self._remember(batch, self._searcher.normalisers(ask))
+        sums = [self._normalisers[question.question_id] for question in batch]
+        return [scoring.log_mixture(each[None], mine[None])[0].float() for each, mine in zip(z, sums, strict=True)]
+
+    def _remember(self, batch: Sequence[Question], normalisers: Tensor | None) -> None:
+        if normalisers is not None:
+            self._normalisers.update((question.question_id, mine) for question, mine in zip(batch, normalisers.cpu(), strict=True))
 
     def _retrieval_pass(self, questions: Sequence[Question], what: str) -> Iterator[tuple[list[Question], Tensor]]:
         """Batches of questions with their queries [B, L, H, R, e]."""
@@ -115,6 +130,17 @@ class Passes:
                 memory = read_context(self.backbone, self.store, rows, n_0)
                 yield batch, self.backbone.queries(self.backbone.prompt_ids([q.question for q in batch]), tokens, memory)
                 bar.update(len(batch))
+
+
+def _fleet(store: ChunkStore, keys: Keys, settings: SearchConfig, tile_chunks: int, device: str) -> Pool:
+    from intra.retrieval.fleet import Fleet
+    from intra.store.reader import ChunkStore
+
+    opens = functools.partial(ChunkStore, store.url)
+    return Fleet(
+        opens, len(store), keys, workers=settings.workers, parts=settings.parts, threads=settings.threads, gpus=settings.gpus_per_worker,
+        tile_chunks=tile_chunks, device=device,
+    )  # fmt: skip
 
 
 def read_context(backbone: Backbone, store: ChunkStore, rows: Sequence[Sequence[int]], n_0: int) -> Memory:
@@ -132,7 +158,7 @@ class MaxSim:
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
 
-    def index(self, pool: Pool) -> None:
+    def index(self, pool: schema.Pool) -> None:
         self.passes.check(pool)
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:
@@ -148,7 +174,7 @@ class Reranked:
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
 
-    def index(self, pool: Pool) -> None:
+    def index(self, pool: schema.Pool) -> None:
         self.passes.check(pool)
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:
@@ -169,7 +195,7 @@ class Intra:
         self.passes = passes
         self.answer_size, self.answer_initial = answer_size, answer_initial
 
-    def index(self, pool: Pool) -> None:
+    def index(self, pool: schema.Pool) -> None:
         self.passes.check(pool)
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:

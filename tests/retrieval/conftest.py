@@ -59,10 +59,11 @@ class MemoryStore:
     def pooled(self, rows: Sequence[int]) -> Tensor:
         return self.vectors[list(rows)]
 
-    def tiles(self, tile_chunks: int) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, tile_chunks: int, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
         self.tile_reads += 1
-        for first in range(0, len(self), tile_chunks):
-            yield first, self.vectors[first : first + tile_chunks]
+        end = len(self) if count is None else start + count
+        for first in range(start, end, tile_chunks):
+            yield first, self.vectors[first : min(first + tile_chunks, end)]
 
     def whitening(self) -> tuple[Tensor, Tensor]:
         moments = whitening.moments([self.vectors], self.hidden_size)

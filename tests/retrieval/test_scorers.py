@@ -98,6 +98,9 @@ def test_rows_of_a_pool_score_alike_in_any_aligned_tile(form: str, keys: Keys, q
     scorer = LayerScorer(queries, keys, weights, "per_head", form=form)
     whole = scorer(pooled)
     assert torch.equal(torch.cat([scorer(part) for part in pooled.split(scorers.ALIGN)], dim=2), whole)
+    for place in (0, 1, 700, 2347):  # and beside other chunks, and in another batch of questions
+        alone = LayerScorer(queries[1:2], keys, weights, "per_head", form=form)(pooled[place : place + 3])
+        assert torch.equal(alone[0], whole[1, :, place : place + 3])
 
 
 @each_kind

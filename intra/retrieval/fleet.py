@@ -1,0 +1,162 @@
+"""The pool across machines: its parts lie in the memory of Ray actors, each answers a batch of questions, the driver puts it together.
+
+    fleet = Fleet(functools.partial(ChunkStore, url), len(store), Keys.of(backbone), workers=8, gpus=1)
+    best = fleet.best(ask, Form(), 20, normalisers)                # as pools.Local
+
+A part is a range of rows that begins at a multiple of `scorers.ALIGN` and is read by whoever is asked for it first. Where an actor dies its
+parts go to those that are left (to a new one where none is), and what it was asked is asked again: no question is lost. Results are put
+together in the order of parts, so neither the number of parts nor of actors changes a ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intra import cluster
+from intra.errors import WorkflowError
+from intra.retrieval import pools, scoring
+from intra.retrieval.pools import Ask, Form, Resident, Source, aligned
+from intra.retrieval.scorers import Keys
+from intra.retrieval.scoring import TopK
+
+Part = tuple[int, int]  # first row, number of rows
+
+
+class Holder:
+    """In a worker: parts of the pool, in memory once they were asked for. Maps {"part", "what", "ask", ...} to {"result"}."""
+
+    def __init__(self, opens: Callable[[], Source], keys: Any, tile_chunks: int, device: str, threads: int) -> None:
+        import ray
+
+        torch.set_num_threads(threads)
+        self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._keys: Keys = ray.get(keys).to(self._device)
+        self._source, self._tile_chunks = opens(), tile_chunks
+        self._parts: dict[Part, Resident] = {}
+        self._ask: tuple[Any, Ask] | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if row["part"] not in self._parts:
+            self._parts[row["part"]] = Resident(self._source, self._keys, row["part"], self._device)
+        part, ask, form = self._parts[row["part"]], self._asked(row["ask"]), row["form"]
+        if row["what"] == "components":
+            return {"result": pools.components(ask, self._keys, form, [part.of(mine) for mine in row["rows"]])}
+        scorer = ask.scorer(self._keys, form, scalars=True)
+        tiles = part.tiles(self._tile_chunks)
+        if row["what"] == "log_sums":
+            return {"result": scoring.log_sums(tiles, scorer).cpu()}  # type: ignore[arg-type]
+        normalisers = None if row["normalisers"] is None else row["normalisers"].to(self._device)
+        return {"result": pools.best(tiles, scorer, row["k"], normalisers)}
+
+    def _asked(self, reference: Any) -> Ask:
+        import ray
+
+        if self._ask is None or self._ask[0] != reference:
+            self._ask = reference, ray.get(reference).to(self._device)
+        return self._ask[1]
+
+
+class _Worker(cluster.Stage):
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self(row)
+
+
+class Fleet:
+    """`pools.Pool` over `workers` actors of so many threads or GPUs each. Ray must be connected."""
+
+    def __init__(
+        self, opens: Callable[[], Source], rows: int, keys: Keys, *, workers: int, parts: int | None = None, threads: int = 1,
+        gpus: float = 0, tile_chunks: int = 2048, device: str = "auto",
+    ) -> None:  # fmt: skip
+        """`opens` gives a worker the pool; `parts` is the number of ranges (the workers' where None), fewer where the pool is small."""
+        import ray
+
+        size = aligned(-(-rows // (parts or workers)))
+        self.parts: list[Part] = [(first, min(size, rows - first)) for first in range(0, rows, size)]
+        self._rows, self._losses, self._most = rows, 0, cluster.DEATHS * workers
+        place = device if gpus == 0 and device not in ("auto", "cuda") else "cpu" if gpus == 0 else "cuda"
+        build = (opens, ray.put(keys.to("cpu")), aligned(tile_chunks), place, threads)
+        actor: Any = ray.remote(num_cpus=threads, num_gpus=gpus or None, max_restarts=0)(_Worker)
+        self._start: Callable[[], Any] = lambda: actor.remote(Holder, *build)
+        self.actors: list[Any] = [self._start() for _ in range(min(workers, max(1, len(self.parts))))]
+        self._place = {part: self.actors[number % len(self.actors)] for number, part in enumerate(self.parts)}
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def log_sums(self, ask: Ask, form: Form) -> Tensor:
+        if not self.parts:
+            raise WorkflowError("the chunk store holds no chunk; run workflows/encode.py again")
+        found = self._each({part: {"what": "log_sums"} for part in self.parts}, ask, form)
+        total = found[self.parts[0]]
+        for part in self.parts[1:]:
+            total = torch.logaddexp(total, found[part])
+        return scoring.rounded(total)
+
+    def best(self, ask: Ask, form: Form, k: int, normalisers: Tensor | None) -> TopK:
+        sums = None if normalisers is None else normalisers.cpu()
+        found = self._each({part: {"what": "best", "k": k, "normalisers": sums} for part in self.parts}, ask, form)
+        total = TopK(k)
+        for part in self.parts:
+            total.merge(found[part])
+        return total
+
+    def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        owner = self.parts[0][1] if self.parts else 1
+        mine = {part: [[row for row in each if row // owner == number] for each in rows] for number, part in enumerate(self.parts)}
+        wanted = {part: {"what": "components", "rows": each} for part, each in mine.items() if any(each)}
+        found = self._each(wanted, ask, form)
+        together = []
+        for index, each in enumerate(rows):
+            pieces = [(mine[part][index], found[part][index]) for part in wanted if mine[part][index]]
+            place = {row: column for column, row in enumerate(row for own, _ in pieces for row in own)}
+            together.append(torch.cat([piece for _, piece in pieces], dim=1)[:, [place[row] for row in each]])
+        return together
+
+    def close(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)  # type: ignore[no-untyped-call]
+        self.actors = []
+
+    def _each(self, work: Mapping[Part, dict[str, Any]], ask: Ask, form: Form) -> dict[Part, Any]:
+        """The result of each part's work; what a dead actor was doing is asked of another."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        reference = ray.put(ask.to("cpu"))
+        rows = {part: {**row, "part": part, "ask": reference, "form": form} for part, row in work.items()}
+        asked = {self._place[part].work.remote(row): (part, self._place[part]) for part, row in rows.items()}
+        found: dict[Part, Any] = {}
+        while asked:
+            (done,), _ = ray.wait(list(asked), num_returns=1)
+            part, actor = asked.pop(done)
+            try:
+                row = ray.get(done)
+            except RayActorError as error:
+                self._lost(actor, error)
+                asked[self._place[part].work.remote(rows[part])] = (part, self._place[part])
+                continue
+            cluster.check(row, f"search, chunks {part[0]} to {sum(part) - 1}")
+            found[part] = row["result"]
+        return found
+
+    def _lost(self, actor: Any, error: Exception) -> None:
+        """Moves the parts of a dead actor. Raises WorkflowError where actors die again and again."""
+        if actor not in self.actors:
+            return  # another of its parts has told already
+        self.actors.remove(actor)
+        self._losses += 1
+        if self._losses > self._most:
+            reason = " ".join(str(error).split())[:300]
+            raise WorkflowError(f"search: workers are lost again and again ({reason}); check memory and the cluster, then run it again")
+        if not self.actors:
+            self.actors = [self._start()]
+        orphans = [part for part, owner in self._place.items() if owner == actor]
+        for number, part in enumerate(orphans):
+            self._place[part] = self.actors[number % len(self.actors)]

@@ -1,0 +1,136 @@
+"""The best chunks of the whole pool by s_i, by the scorer that is configured, and the check that an approximate one is good enough.
+
+`retriever.search.scorer`:
+    exact        head_space or reverse, whichever takes fewer operations (`pools.cheaper`): the default; both rank alike
+    int8         a scan in integers; its best `candidates` a question are scored again, exactly
+    cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`); then the same
+    auto         exact for `mixed` (it is cheap), for pools of fewer than AUTO_CHUNKS times `candidates` chunks, and on a GPU for AUTO_BATCH
+                 questions or more at a time; else cascade
+    head_space, reverse, paper     that form and no other
+
+An approximate scorer is compared with the exact one on the first CHECKED questions. Where it keeps less than `recall` of the exact top k
+the next safer one takes over (cascade, then int8 on a CPU, then exact), and a line says so.
+
+A mixture's softmax is over the whole pool. An approximate scorer takes its normalisers from its own scan and the candidates' exact
+components (`corrected`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from intra.retrieval import scoring
+from intra.retrieval.pools import Ask, Form, Pool
+from intra.retrieval.scoring import Scored
+
+if TYPE_CHECKING:
+    from intra.config import SearchConfig
+
+CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
+AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
+AUTO_BATCH = 4  # questions: from so many on the keys of a tile are shared by enough, and a GPU needs no approximation
+_SCANS = {"cascade": Form("linear"), "int8": Form("int8")}
+
+
+@dataclass(frozen=True)
+class Found:
+    pairs: list[Scored]  # of each question
+    normalisers: Tensor | None  # [B, C] of a mixture
+
+
+def exact(pool: Pool, ask: Ask, k: int, form: Form | None = None) -> Found:
+    """Every chunk by an exact form (or the paper's)."""
+    form = form or Form()
+    normalisers = pool.log_sums(ask, form) if ask.kind == "mixture" else None
+    return Found(pool.best(ask, form, k, normalisers).pairs(), normalisers)
+
+
+def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Found:
+    """The best `candidates` (k at least) of a scan in `form`, ordered by their exact scores."""
+    rough = pool.log_sums(ask, form) if ask.kind == "mixture" else None
+    rows = pool.best(ask, form, max(k, candidates), rough).rows.tolist()
+    z = torch.stack(pool.components(ask, Form(), rows))  # [B, C, m]
+    if rough is None:
+        scores, normalisers = z[:, 0], None
+    else:
+        own = torch.stack(pool.components(ask, form, [mine[:candidates] for mine in rows]))
+        normalisers = corrected(rough.cpu(), own, z[:, :, :candidates])  # of as many as any k gives
+        scores = scoring.log_mixture(z, normalisers).float()
+    pairs = [
+        sorted(zip(mine, each, strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
+        for mine, each in zip(rows, scores.tolist(), strict=True)
+    ]
+    return Found(pairs, normalisers)
+
+
+def corrected(sums: Tensor, rough: Tensor, true: Tensor) -> Tensor:
+    """Normalisers [B, C] of a scan, moved by what its candidates' sum moves from their rough components [B, C, m] to the true ones.
+
+    So a scan may be off by a constant of each question and component, as one without the maximum over a chunk's vectors is.
+    """
+    return scoring.rounded(sums + torch.logsumexp(true.double(), dim=2) - torch.logsumexp(rough.double(), dim=2))
+
+
+def recall(exact_pairs: Sequence[Scored], pairs: Sequence[Scored]) -> float:
+    """Of the chunks in the exact rankings, the share that stands in the others."""
+    kept = sum(len({row for row, _ in one} & {row for row, _ in other}) for one, other in zip(exact_pairs, pairs, strict=True))
+    return kept / max(1, sum(len(one) for one in exact_pairs))
+
+
+class Searcher:
+    """Finds the best chunks of a pool for batches of questions. Remembers which scorer has passed its check."""
+
+    def __init__(self, pool: Pool, settings: SearchConfig, device: torch.device | str = "cpu") -> None:
+        self.pool, self.settings = pool, settings
+        self._cuda = torch.device(device).type == "cuda"
+        self._fallen: str | None = None  # to which scorer
+        self._seen = self._kept = 0.0  # questions compared, the sum of their recalls
+
+    def find(self, ask: Ask, k: int) -> Found:
+        """Raises UserError where the scorer does not serve the scoring or the device."""
+        name = self.scorer(ask)
+        if name not in _SCANS:
+            return exact(self.pool, ask, k, Form(name))
+        while name in _SCANS:
+            found = approximate(self.pool, ask, k, _SCANS[name], self.settings.candidates)
+            if self._seen >= CHECKED:
+                return found
+            truth = exact(self.pool, ask, k)
+            self._seen += len(ask)
+            self._kept += len(ask) * recall(truth.pairs, found.pairs)
+            if self._kept / self._seen >= self.settings.recall:
+                return found
+            safer = "int8" if name == "cascade" and not self._cuda else "exact"
+            print(
+                f"search: {name} keeps {self._kept / self._seen:.3f} of the exact top {k} of {self._seen:.0f} questions, less than "
+                f"retriever.search.recall={self.settings.recall}; {safer} takes over",
+                file=sys.stderr,
+            )
+            self._fallen, self._seen, self._kept = safer, 0.0, 0.0
+            name = safer
+        return truth
+
+    def components(self, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Exact components of each question for rows of its own (in the paper's form where that is configured): [C, n_b]."""
+        name = self.settings.scorer
+        return self.pool.components(ask, Form("exact" if name in _SCANS or name == "auto" else name), rows)
+
+    def normalisers(self, ask: Ask) -> Tensor | None:
+        """[B, C] of a mixture, as `find` takes them."""
+        name = self.scorer(ask)
+        return self.find(ask, 1).normalisers if name in _SCANS else self.pool.log_sums(ask, Form(name))
+
+    def scorer(self, ask: Ask) -> str:
+        """The scorer for such a batch, by the rule above."""
+        if self._fallen is not None:
+            return self._fallen
+        if self.settings.scorer != "auto":
+            return self.settings.scorer
+        small = len(self.pool) < AUTO_CHUNKS * self.settings.candidates
+        return "exact" if ask.kind == "mixed" or small or (self._cuda and len(ask) >= AUTO_BATCH) else "cascade"

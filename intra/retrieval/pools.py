@@ -1,0 +1,198 @@
+"""The pool as a search sees it: parts of pooled vectors, in memory or streamed from the store, and what is asked of them.
+
+    ask = Ask.of(retriever, queries, backbone)                     # a batch of questions
+    pool = Local(store, Keys.of(backbone), 2048, backbone.device)
+    best = pool.best(ask, Form("head_space"), 20, normalisers)     # TopK
+
+`intra.retrieval.fleet.Fleet` answers the same, with the parts in Ray actors. A part holds whole tiles, which begin at multiples of
+`scorers.ALIGN`: the number of parts changes no bit of a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from intra.retrieval import scoring
+from intra.retrieval.scorers import ALIGN, Keys, LayerScorer, Linear, refuse
+from intra.retrieval.scoring import TopK
+
+if TYPE_CHECKING:
+    from intra.backbone.model import Backbone
+    from intra.retrieval.retriever import Retriever
+
+
+class Tile(NamedTuple):
+    vectors: Tensor  # [n, P, d]
+    scalars: Tensor | None  # [L, G, n, P], of `Keys.scalars`
+
+
+Tiles = Iterable[tuple[int, Tile]]  # first row, tile
+Scorer = Callable[[Tile], Tensor]  # -> components [B, C, n] float32
+
+
+@dataclass(frozen=True)
+class Form:
+    """How components are computed: a form of `scorers.FORMS`, `exact` (head_space or reverse, by `cheaper`) or `linear`."""
+
+    name: str = "exact"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A batch of questions, as every part of the pool gets it."""
+
+    kind: str  # per_head | mixture | mixed
+    queries: Tensor  # [B, L, H, R, e]; of `mixed` its vectors [B, R, d]
+    weights: Tensor  # [L, H]
+    temperature: float
+
+    @classmethod
+    def of(cls, retriever: Retriever, queries: Tensor, backbone: Backbone) -> Ask:
+        settings, weights = retriever.settings, retriever.weights.detach().to(queries.device)
+        made = scoring.mixed(queries, backbone, weights) if settings.scoring == "mixed" else queries
+        return cls(settings.scoring, made.detach(), weights, settings.temperature)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def part(self, index: int) -> Ask:
+        """One of the questions."""
+        return replace(self, queries=self.queries[index : index + 1])
+
+    def to(self, device: torch.device | str) -> Ask:
+        return replace(self, queries=self.queries.to(device), weights=self.weights.to(device))
+
+    def scorer(self, keys: Keys, form: Form, scalars: bool = False) -> Scorer:
+        """`scalars`: whether the tiles bring them. Raises UserError where the form does not serve the scoring."""
+        if self.kind == "mixed":
+            if form.name != "exact":
+                refuse(form.name, self.kind)
+            vectors = scoring.mixed_scorer(self.queries, keys.scaling / self.temperature)
+            return lambda tile: vectors(tile.vectors)
+        if form.name == "linear":
+            linear = Linear(self.queries, keys, self.weights, self.kind, temperature=self.temperature)
+            return lambda tile: linear(tile.vectors)
+        name = cheaper(keys, self.queries.shape, scalars) if form.name == "exact" else form.name
+        layers = LayerScorer(self.queries, keys, self.weights, self.kind, form=name, temperature=self.temperature)
+        return lambda tile: layers(tile.vectors, tile.scalars)
+
+
+def cheaper(keys: Keys, shape: Sequence[int], scalars: bool) -> str:
+    """The exact form with fewer operations a pooled vector, for queries [B, L, H, R, e].
+
+    head_space: G e d for the keys, B H R e for the products; reverse: B H R d, and only where the scalars are at hand (to make them
+    costs what the keys cost). So `reverse` for a question or two at a time, `head_space` for more.
+    """
+    questions, _, heads, tokens, width = shape
+    hidden = keys.projections.shape[2]
+    products = questions * heads * tokens
+    return "reverse" if scalars and products * hidden < keys.projections.shape[1] * hidden + products * width else "head_space"
+
+
+class Source(Protocol):
+    """What gives pooled vectors: a store, a part of it, a benchmark's pool."""
+
+    def __len__(self) -> int: ...
+    def tiles(self, tile_chunks: int, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]: ...
+    def pooled(self, wanted: Any) -> Tensor: ...
+
+
+class Resident:
+    """A part (first row, number of rows) of a source, in memory, with its scalars."""
+
+    def __init__(self, source: Source, keys: Keys, part: tuple[int, int], device: torch.device | str) -> None:
+        first, count = part
+        self.first, self.vectors = first, torch.empty(0)
+        for row, tile in source.tiles(ALIGN, first, count):
+            if not self.vectors.numel():
+                self.vectors = torch.empty(count, *tile.shape[1:], dtype=keys.projections.dtype, device=device)
+            self.vectors[row - first : row - first + len(tile)] = tile
+        self.scalars = torch.cat([keys.scalars(part) for part in self.vectors.split(ALIGN)], dim=2) if count else None
+
+    def tiles(self, tile_chunks: int) -> Iterator[tuple[int, Tile]]:
+        for start in range(0, len(self.vectors), tile_chunks):
+            rows = slice(start, start + tile_chunks)
+            yield self.first + start, Tile(self.vectors[rows], None if self.scalars is None else self.scalars[:, :, rows])
+
+    def of(self, rows: Sequence[int]) -> Tile:
+        place = torch.tensor(rows, device=self.vectors.device) - self.first
+        return Tile(self.vectors[place], None if self.scalars is None else self.scalars[:, :, place])
+
+
+def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None) -> TopK:
+    """The k best of some tiles; of a mixture with the normalisers [B, C] of the whole pool."""
+    if normalisers is None:
+        return scoring.top_k(tiles, lambda tile: scorer(tile)[:, 0], k)
+    sums = normalisers
+    return scoring.top_k(tiles, lambda tile: scoring.log_mixture(scorer(tile), sums.to(tile.vectors.device)), k)
+
+
+def components(ask: Ask, keys: Keys, form: Form, tiles: Sequence[Tile]) -> list[Tensor]:
+    """Of each question for chunks of its own: [C, n_b] float32."""
+    found = []
+    for index, tile in enumerate(tiles):
+        scorer = ask.part(index).scorer(keys, form, tile.scalars is not None)
+        found.append(scorer(tile)[0].cpu() if len(tile.vectors) else torch.empty(0, 0))
+    return found
+
+
+class Pool(Protocol):
+    """What a search asks of a pool, wherever it lies."""
+
+    def __len__(self) -> int: ...
+    def log_sums(self, ask: Ask, form: Form) -> Tensor:
+        """[B, C] float64, rounded."""
+
+    def best(self, ask: Ask, form: Form, k: int, normalisers: Tensor | None) -> TopK: ...
+    def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Of each question for rows of its own: [C, n_b] float32."""
+
+
+class Local:
+    """The pool in this process: streamed from the store, a tile at a time while the next is read, or kept in memory."""
+
+    def __init__(self, source: Source, keys: Keys, tile_chunks: int, device: torch.device | str, in_memory: bool = False) -> None:
+        self.source, self.keys, self.device = source, keys.to(device), device
+        self.tile_chunks = aligned(tile_chunks)
+        self.in_memory = in_memory
+        self._resident: Resident | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def log_sums(self, ask: Ask, form: Form) -> Tensor:
+        return scoring.log_normalisers(self._tiles(), ask.scorer(self.keys, form, self.in_memory))  # type: ignore[arg-type]
+
+    def best(self, ask: Ask, form: Form, k: int, normalisers: Tensor | None) -> TopK:
+        return best(self._tiles(), ask.scorer(self.keys, form, self.in_memory), k, normalisers)
+
+    def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        if self.in_memory:
+            resident = self._loaded()
+            return components(ask, self.keys, form, [resident.of(mine) for mine in rows])
+        union = sorted({row for mine in rows for row in mine})
+        vectors, place = self.source.pooled(union), {row: index for index, row in enumerate(union)}
+        tiles = [Tile(vectors[[place[row] for row in mine]].to(self.device), None) for mine in rows]
+        return components(ask, self.keys, form, tiles)
+
+    def _loaded(self) -> Resident:
+        if self._resident is None:
+            self._resident = Resident(self.source, self.keys, (0, len(self.source)), self.device)
+        return self._resident
+
+    def _tiles(self) -> Iterator[tuple[int, Tile]]:
+        if self.in_memory:
+            yield from self._loaded().tiles(self.tile_chunks)
+        else:
+            for first, vectors in self.source.tiles(self.tile_chunks):
+                yield first, Tile(vectors.to(self.device), None)
+
+
+def aligned(chunks: int) -> int:
+    """The next multiple of ALIGN."""
+    return -(-chunks // ALIGN) * ALIGN

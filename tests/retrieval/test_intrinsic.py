@@ -1,0 +1,192 @@
+"""Every configured scorer against the default one, the check of the approximate ones, and the rule that chooses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from intra import config
+from intra.backbone.model import Backbone
+from intra.config import SearchConfig
+from intra.data.schema import Question
+from intra.errors import UserError
+from intra.retrieval import intrinsic, scorers, scoring, search
+from intra.retrieval.intrinsic import Searcher
+from intra.retrieval.pools import Ask, Form, Local, cheaper
+from intra.retrieval.retriever import Retriever
+from intra.retrieval.scorers import Keys
+from intra.retrieval.scoring import Scored
+
+from .conftest import POOLED, MemoryStore
+
+layerwise = pytest.mark.parametrize("kind", ["per_head", "mixture"])
+
+
+class Big(MemoryStore):
+    """2,500 chunks of random vectors near each other, some of them twice."""
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.vectors = torch.randn(2500, POOLED, 32, generator=generator)
+        self.vectors[2000:2300] = self.vectors[100:400]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+@pytest.fixture
+def big() -> Big:
+    return Big([], [])
+
+
+@pytest.fixture
+def ask(queries: Tensor, weights: Tensor) -> Ask:
+    return Ask("per_head", queries, weights, 1.0)
+
+
+def local(store: MemoryStore, backbone: Backbone, tile_chunks: int = 1024, in_memory: bool = False) -> Local:
+    return Local(store, Keys.of(backbone), tile_chunks, "cpu", in_memory)  # type: ignore[arg-type]
+
+
+def rows(pairs: list[Scored]) -> list[list[int]]:
+    return [[row for row, _ in each] for each in pairs]
+
+
+@layerwise
+def test_tiles_memory_and_forms_change_no_ranking(kind: str, big: Big, backbone: Backbone, ask: Ask) -> None:
+    ask = replace(ask, kind=kind)
+    truth = intrinsic.exact(local(big, backbone), ask, 50)
+    for row, _ in truth.pairs[0]:
+        if 100 <= row < 400:  # its twin has the same score, and follows
+            assert [r for r, _ in truth.pairs[0]][[r for r, _ in truth.pairs[0]].index(row) + 1] == row + 1900
+    for pool in (local(big, backbone, 2048), local(big, backbone, 4096), local(big, backbone, 100)):
+        assert intrinsic.exact(pool, ask, 50).pairs == truth.pairs  # to the bit
+    for pool in (local(big, backbone, in_memory=True), local(big, backbone, 2048, in_memory=True)):
+        assert rows(intrinsic.exact(pool, ask, 50, Form("reverse")).pairs) == rows(truth.pairs)
+
+
+@layerwise
+@pytest.mark.parametrize("form", ["int8", "linear"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_candidates_are_ordered_by_their_exact_scores(
+    kind: str, form: str, in_memory: bool, big: Big, backbone: Backbone, ask: Ask
+) -> None:
+    ask = replace(ask, kind=kind)
+    pool = local(big, backbone, in_memory=in_memory)
+    truth, every = intrinsic.exact(pool, ask, 20), intrinsic.exact(pool, ask, 2500)
+    everything = intrinsic.approximate(pool, ask, 20, Form(form), 2500)  # all of them: nothing is approximate any more
+    assert rows(everything.pairs) == rows(truth.pairs)
+    found = intrinsic.approximate(pool, ask, 20, Form(form), 300)
+    for mine, exactly in zip(found.pairs, every.pairs, strict=True):
+        scores = dict(exactly)
+        assert len(mine) == 20
+        if kind == "per_head" and not in_memory:
+            assert all(score == scores[row] for row, score in mine)  # to the bit, though scored alone and not in tiles
+        elif kind == "per_head" or form == "int8":  # of a mixture the normalisers of integers are nearly exact
+            assert all(score == pytest.approx(scores[row], abs=1e-4 if kind == "per_head" else 0.05) for row, score in mine)
+        assert mine == sorted(mine, key=lambda pair: (-pair[1], pair[0]))
+    assert intrinsic.recall(truth.pairs, found.pairs) > (0.99 if form == "int8" else 0.4)  # random vectors: nothing for linear to hold on to
+
+
+def test_fewer_candidates_than_k_still_give_k(big: Big, backbone: Backbone, ask: Ask) -> None:
+    assert all(len(each) == 30 for each in intrinsic.approximate(local(big, backbone), ask, 30, Form("int8"), 5).pairs)
+
+
+def test_normalisers_with_every_chunk_a_candidate_are_exact() -> None:
+    true = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 3
+    rough = true + torch.randn(true.shape, generator=torch.Generator().manual_seed(1))
+    found = intrinsic.corrected(rough.double().logsumexp(dim=2), rough, true)
+    torch.testing.assert_close(found, true.double().logsumexp(dim=2), rtol=0, atol=1e-5)
+    off = torch.tensor([3.0, -2.0, 40.0])[None, :, None]
+    found = intrinsic.corrected((true + off).double().logsumexp(dim=2), (true + off)[:, :, :7], true[:, :, :7])
+    torch.testing.assert_close(found, true.double().logsumexp(dim=2), rtol=0, atol=1e-5)  # off by a constant: none the worse
+
+
+def test_recall_counts_what_is_kept() -> None:
+    exact: list[Scored] = [[(1, 3.0), (2, 2.0)], [(5, 1.0), (6, 0.5)]]
+    assert intrinsic.recall(exact, [[(2, 2.0), (9, 1.0)], [(6, 1.0), (5, 0.0)]]) == 0.75
+
+
+def test_a_scorer_that_keeps_too_little_gives_way_and_says_so(
+    big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = intrinsic.exact(local(big, backbone), ask, 20)
+    searcher = Searcher(local(big, backbone), SearchConfig(scorer="cascade", candidates=20, recall=1.0))
+    monkeypatch.setattr(intrinsic, "_SCANS", {"cascade": Form("linear"), "int8": Form("linear")})  # integers too keep too little
+    assert rows(searcher.find(ask, 20).pairs) == rows(truth.pairs)
+    one, other = capsys.readouterr().err.splitlines()
+    assert one.startswith("search: cascade keeps 0.")
+    assert "of the exact top 20 of 3 questions, less than retriever.search.recall=1.0; int8 takes over" in one
+    assert other.endswith("exact takes over")
+    assert rows(searcher.find(ask, 20).pairs) == rows(truth.pairs)  # from now on without a word
+    assert capsys.readouterr().err == ""
+
+
+def test_a_scorer_that_keeps_enough_is_checked_on_the_first_questions_alone(
+    big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 6)
+    searcher = Searcher(local(big, backbone), SearchConfig(scorer="cascade", candidates=20, recall=0.0))
+    reads = []
+    for _ in range(4):
+        before = big.tile_reads
+        searcher.find(ask, 20)
+        reads.append(big.tile_reads - before)
+    assert reads == [2, 2, 1, 1]  # the scan, and while it is checked the exact one
+
+
+def test_the_rule_of_auto(big: Big, backbone: Backbone, ask: Ask) -> None:
+    def chosen(device: str = "cpu", candidates: int = 100, **changes: object) -> str:
+        searcher = Searcher(local(big, backbone), SearchConfig(scorer="auto", candidates=candidates), device)
+        return searcher.scorer(replace(ask, **changes))  # type: ignore[arg-type]
+
+    assert chosen() == "cascade"
+    assert chosen(candidates=126) == "exact"  # a pool of less than 20 times as many
+    assert chosen(kind="mixed") == "exact"
+    assert chosen("cuda") == "cascade"
+    assert chosen("cuda", queries=ask.queries[:1].expand(4, -1, -1, -1, -1)) == "exact"
+
+
+def test_the_cheaper_exact_form() -> None:
+    """At the size of T5Gemma 2 4B: one question or two in the hidden space, where the scalars are at hand."""
+    keys = Keys(torch.empty(34, 1024, 2560, device="meta"), None, torch.empty(34, 256, device="meta"), 1e-6, 4, 1 / 16)
+    assert [cheaper(keys, (b, 34, 8, 64, 256), True) for b in (1, 2, 3, 64)] == ["reverse", "reverse", "head_space", "head_space"]
+    assert cheaper(keys, (1, 34, 8, 64, 256), False) == "head_space"
+
+
+@pytest.mark.parametrize("retriever", ["per_head", "mixture"], indirect=True)
+@pytest.mark.parametrize("scorer", ["head_space", "reverse", "int8", "cascade", "auto"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_every_scorer_gives_the_methods_their_rankings(
+    scorer: str, in_memory: bool, backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question]
+) -> None:
+    expected, found = (
+        [
+            {key: [c for c, _ in each] for key, each in made.search(questions[:8], 10).items()}
+            for made in search.methods(search.Passes(backbone, store, retriever, query_batch=4, search=settings))  # type: ignore[arg-type]
+        ]
+        for settings in (SearchConfig(), SearchConfig(scorer=scorer, candidates=60, in_memory=in_memory))  # type: ignore[arg-type]
+    )
+    assert found == expected
+
+
+def test_the_papers_form_ranks_otherwise(backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question]) -> None:
+    one, other = (
+        search.Intra(search.Passes(backbone, store, retriever, search=SearchConfig(scorer=name))).raw(questions[:8], 10)  # type: ignore[arg-type]
+        for name in ("exact", "paper")
+    )
+    assert one != other
+
+
+def test_a_scoring_a_scorer_does_not_serve_is_one_line(big: Big, backbone: Backbone, ask: Ask) -> None:
+    values = {"root": "x", "retriever": {"scoring": "mixed", "search": {"scorer": "int8"}}}
+    with pytest.raises(UserError, match=r"retriever.search.scorer=int8 does not serve retriever.scoring=mixed; take exact"):
+        config.parse(values)
+    asked = replace(ask, kind="mixed", queries=scoring.mixed(ask.queries, backbone, ask.weights))
+    with pytest.raises(UserError, match="does not serve"):
+        Searcher(local(big, backbone), SearchConfig(scorer="reverse")).find(asked, 5)
+    assert len(Searcher(local(big, backbone), SearchConfig()).find(asked, 5).pairs[0]) == 5
+    assert scorers.ALIGN % scorers.PART == 0
