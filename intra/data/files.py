@@ -146,7 +146,9 @@ def objects(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]
     """
     try:
         with unpacked(url) as stream:
-            start = stream.read(BLOCK).removeprefix(MARK).lstrip(b" \t\r\n")
+            start = stream.read(len(MARK)).removeprefix(MARK).strip()  # little, so that damage further on is met by the reading itself
+            while not start and (block := stream.read(64)):
+                start = block.strip()
     except UserError as error:
         mistakes.add(error, whole=True)
         return

@@ -13,7 +13,7 @@ from intra.errors import UserError
 LISTED = 1000  # mistakes kept word for word; all are counted
 TITLE = "title: "  # begins a gold id that names a passage by its title (`RawQuestion.gold_ids`); no passage's id holds white space
 OR_SKIP = "data.on_error=skip leaves such records out, counted and listed"
-REST = "what follows in the file is left out"
+REST = "the rest of the file is left out"
 
 Record = TypeVar("Record")
 

@@ -37,6 +37,19 @@ def test_a_list_is_read_as_it_stands(tmp_path: Path, name: str, indent: int | No
     assert [where for where, _ in found] == [f"{path}:{line} (record {number})" for number, line in enumerate(starts, 1)]
 
 
+@pytest.mark.parametrize("begin", [" \r\n\t ", "\ufeff", " " * 200])
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '{"a": 1}\n'])
+def test_what_a_file_is_shows_behind_its_white_space(tmp_path: Path, begin: str, text: str) -> None:
+    assert [record for _, record in files.objects(str(write(tmp_path / "a", begin + text)))] == [{"a": 1}]
+
+
+def test_lines_before_a_cut_are_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", "".join(f'{{"n": {n * n * 7919 % 1_000_003}}}\n' for n in range(300)))
+    path.write_bytes(path.read_bytes()[:-5])
+    mistakes = Mistakes(skip=True)
+    assert (len(list(files.objects(str(path), mistakes))), mistakes.count) == (300, 1)
+
+
 def test_several_zstandard_frames_are_one_file(tmp_path: Path) -> None:
     data = json.dumps(RECORDS).encode()
     (tmp_path / "a.json.zst").write_bytes(b"".join(pa.compress(part, codec="zstd", asbytes=True) for part in (data[:999], data[999:])))
@@ -81,7 +94,7 @@ def test_damaged_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
     found = list(files.objects(str(tmp_path / name), mistakes))
     assert 0 < len(found) < 20_000
     assert mistakes.count == 1
-    assert mistakes.messages[0].endswith(" (what follows in the file is left out)")
+    assert mistakes.messages[0].endswith(" (the rest of the file is left out)")
 
 
 def test_a_record_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
