@@ -7,7 +7,9 @@ Where the runs are kept: `tracking.uri`, or, where that is null, a SQLite store 
 artifacts in `<root>/mlflow/artifacts`. SQLite needs a local disk, so the database of an s3:// root lies in
 `runs/mlflow/mlflow.db` of the working directory, and its artifacts in `<root>/mlflow/artifacts`.
 
-The parameters of a run are the resolved configuration; nothing of the environment is logged, and a password in a URL is masked.
+An experiment holds the runs of one configuration file (`tracking.experiment` names another): nights stand side by side. The parameters of
+a run are the resolved configuration; nothing of the environment is logged, and a password in a URL is masked. A step that makes an
+artifact logs the machine's load too (`system/...`, every ten seconds; `tracking.system_metrics`).
 A process other than the one that opened a run (a training worker) continues it with `attach(run.uri, run.run_id)`.
 MLflow is imported only when a run is opened: it takes seconds.
 """
@@ -15,9 +17,12 @@ MLflow is imported only when a run is opened: it takes seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import re
 import subprocess
 import tempfile
@@ -87,6 +92,34 @@ class Run:
         with _named(self.uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset)])
 
+    def register_model(self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]) -> str:
+        """Files (by name; no pickle) as a version of the registered model `name`; returns the version.
+
+        A version with the same tag `fingerprint` is that model already, and is left as it is.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with _named(self.uri):
+            with contextlib.suppress(MlflowException):  # it is there already
+                self._client.create_registered_model(
+                    name, description="Retrieval tokens and layer and head weights of INTRA (safetensors)."
+                )
+            known = _version(self._client, name, tags["fingerprint"])
+            if known is not None:
+                return known
+        for file, content in files.items():
+            self.log_artifact(content, f"{name}/{file}")
+        with _named(self.uri):
+            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{name}"
+            return str(self._client.create_model_version(name, source, self.run_id, tags=dict(tags)).version)
+
+    def tag_model(self, name: str, fingerprint: str, tags: Mapping[str, str]) -> None:
+        """Tags for the version of a registered model with that fingerprint, where there is one."""
+        with _named(self.uri):
+            version = _version(self._client, name, fingerprint)
+            for key, value in tags.items() if version is not None else ():
+                self._client.set_model_version_tag(name, version, _metric_name(key), value)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
@@ -106,11 +139,11 @@ class Run:
 def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterator[Run]:
     """The MLflow run of a workflow step, below the run that is open already, if any; ended FAILED where the step raises.
 
-    Tags: `step`, `commit` (git, or "unknown"), and `fingerprint` and `artifact` of what the step makes. The resolved
-    configuration is logged as parameters and as `config.json`.
+    Tags: `step`, `commit` (git, or "unknown"; `changed` where files differ from it), `device`, `software`, and `fingerprint` and
+    `artifact` of what the step makes. The resolved configuration is logged as parameters and as `config.json`.
     Raises WorkflowError where the tracking store cannot be reached.
     """
-    tags = {"step": name, "commit": commit()}
+    tags = {"step": name, "commit": commit(), "changed": changed(), "device": device(), "software": software()}
     if artifact is not None:
         tags |= {"fingerprint": artifact.fingerprint, "artifact": artifact.url}
     parent = _current.get()
@@ -125,7 +158,8 @@ def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterato
     with opened as run:
         run.log_params(config.model_dump())
         run.log_artifact(json.dumps(resolved(config), indent=1), "config.json")
-        yield run
+        with _system_metrics(run) if artifact is not None and config.tracking.system_metrics else contextlib.nullcontext():
+            yield run
 
 
 def attach(uri: str, run_id: str) -> Run:
@@ -179,6 +213,69 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return result.stdout.strip()
+
+
+def changed() -> str:
+    """Whether files of the code differ from `commit`: "yes", "no", or "unknown" outside a repository."""
+    try:
+        command = ["git", "status", "--porcelain", "--untracked-files=no"]
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return "yes" if found.strip() else "no"
+
+
+@functools.cache
+def device() -> str:
+    """The GPUs of this machine, or its processor: "2 x NVIDIA H100 80GB HBM3", "2 cores of Intel(R) Xeon(R) ..."."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
+        counts = {name: names.count(name) for name in names if name}
+        if counts:
+            return ", ".join(f"{count} x {name}" for name, count in counts.items())
+    except (OSError, subprocess.SubprocessError):
+        pass  # no GPU, or no driver for it
+    models = []
+    with contextlib.suppress(OSError):
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{os.cpu_count()} cores of {models[0] if models else platform.processor() or platform.machine()}"
+
+
+@functools.cache
+def software() -> str:
+    """Python and the libraries that compute: "python 3.11.7, torch 2.13.0, ..."."""
+    names = ("torch", "transformers", "sentence-transformers", "ray", "numpy", "bm25s", "faiss-cpu", "faiss-gpu")
+    found = [f"python {platform.python_version()}"]
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
+
+
+def model_name(config: Config) -> str:
+    """Of the registered model that holds this configuration's retrievers."""
+    return f"{config.tracking.experiment or 'intra'}-retriever"
+
+
+@contextlib.contextmanager
+def _system_metrics(run: Run) -> Iterator[None]:
+    """Logs processor, memory, disk, network and, where there are any, GPUs of this machine while the step runs."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    with _named(run.uri):
+        monitor = SystemMetricsMonitor(run.run_id, tracking_uri=run.uri)
+        monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _version(client: Any, name: str, fingerprint: str) -> str | None:
+    """The version of a registered model with this tag."""
+    found = client.search_model_versions(f"name = '{name}'")
+    return next((str(one.version) for one in found if one.tags.get("fingerprint") == fingerprint), None)
 
 
 @contextlib.contextmanager

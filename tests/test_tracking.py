@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,54 @@ def test_a_step_that_raises_ends_its_run(config: Config, error: BaseException, s
     with pytest.raises(type(error)), tracking.step(config, "train") as run:
         raise error
     assert next(entry for entry in runs(config) if entry.info.run_id == run.run_id).info.status == status
+
+
+def test_what_identifies_a_run(config: Config) -> None:
+    with tracking.step(config, "encode") as run:
+        pass
+    tags = next(entry for entry in runs(config) if entry.info.run_id == run.run_id).data.tags
+    assert tags["step"] == "encode"
+    assert tags["commit"] == tracking.commit()
+    assert tags["changed"] in {"yes", "no", "unknown"}
+    assert tags["device"] == tracking.device()
+    assert re.match(r"\d+ (x|cores of) \S", tags["device"])
+    assert re.search(r"python 3\.\d+\.\d+, torch \d", tags["software"])
+
+
+def test_the_machines_load_is_logged_while_a_step_makes_something(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    artifact = Artifact("store", "/data/store/ab", "ab", "encode")
+    with tracking.step(config, "encode", artifact) as run:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = next(entry for entry in runs(config) if entry.info.run_id == run.run_id).data.metrics
+            if "system/cpu_utilization_percentage" in found:
+                break
+            time.sleep(0.1)
+    assert found["system/system_memory_usage_megabytes"] > 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+    off = config.model_copy(update={"tracking": config.tracking.model_copy(update={"system_metrics": False})})
+    with tracking.step(off, "encode", artifact), tracking.step(config, "nightly"):
+        assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+
+
+def test_a_model_is_registered_once(config: Config, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    name, files = tracking.model_name(config), {"model.safetensors": b"weights", "config.json": b"{}"}
+    versions = []
+    for mark in ("f1", "f2", "f1"):
+        with tracking.step(config, "train") as run:
+            versions.append(run.register_model(name, files, {"fingerprint": mark, "commit": "c"}))
+    assert versions == ["1", "2", "1"]
+    with tracking.step(config, "evaluate") as run:
+        run.tag_model(name, "f2", {"synthetic/complete_recall_at_5": "0.977"})
+        run.tag_model(name, "unknown", {"x": "y"})
+    client = MlflowClient(tracking_uri=tracking.place(config)[0])
+    assert client.get_model_version(name, "2").tags == {"fingerprint": "f2", "commit": "c", "synthetic/complete_recall_at_5": "0.977"}
+    assert client.get_model_version(name, "1").tags == {"fingerprint": "f1", "commit": "c"}
+    folder = Path(client.download_artifacts(client.get_model_version(name, "2").run_id, name, str(tmp_path)))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
 
 
 def test_an_unreachable_server_is_one_line_that_hides_the_password(tmp_path: Path) -> None:

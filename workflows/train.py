@@ -93,12 +93,14 @@ def _make(config: Config, artifact: Artifact, device: str, step: tracking.Run) -
             "tracking": [step.uri, step.run_id],
         },
     )
-    from intra.retrieval.retriever import MODEL, Retriever
+    from intra.retrieval.retriever import CARD, CONFIG, MODEL, Retriever
 
     retriever = Retriever.from_pretrained(artifact.url)
     last = _last(artifact)
     model_bytes = storage.read_bytes(artifact.path(MODEL))
-    step.log_artifact(model_bytes, MODEL)
+    files = {MODEL: model_bytes, **{name: storage.read_bytes(artifact.path(name)) for name in (CONFIG, CARD)}}
+    tags = {"fingerprint": artifact.fingerprint, "store": store.fingerprint, "backbone": retriever.settings.backbone}
+    step.register_model(tracking.model_name(config), files, {**tags, "commit": tracking.commit(), "device": tracking.device()})
     step.log_metrics({"seconds": time.monotonic() - started})
     artifact.finish(
         {

@@ -175,6 +175,13 @@ def test_mlflow_holds_a_parent_and_a_child_per_method(finished: tuple[Config, st
     assert set(children) == set(METHODS)
     records = {(r["method"], r["benchmark"], r["metric"]): r["value"] for r in json.loads(Path(place).read_text())}
     assert children["bm25"].data.metrics["synthetic/ndcg_at_10"] == pytest.approx(records["bm25", "synthetic", "ndcg_at_10"])
+    curve = client.get_metric_history(children["bm25"].info.run_id, "synthetic/complete_recall")
+    assert [(point.step, point.value) for point in curve] == [
+        (k, pytest.approx(records["bm25", "synthetic", f"complete_recall_at_{k}"])) for k in (5, 10)
+    ]
+    assert parent.data.metrics["bm25/synthetic/em"] == records["bm25", "synthetic", "em"]
+    assert not [name for name in parent.data.metrics if "synthetic/bridge" in name]
+    assert parent.data.tags["device"] == tracking.device()
     assert {file.path for file in client.list_artifacts(children["bm25"].info.run_id, "runs")} == {"runs/bm25.synthetic.trec"}
 
 

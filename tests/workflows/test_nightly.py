@@ -47,6 +47,18 @@ def test_local_and_s3_runs_with_one_seed_give_the_same_rankings_and_metrics(s3_r
         assert storage.read_bytes(f"{roots[0]}/results/{name}") == storage.read_bytes(f"{roots[1]}/results/{name}"), name
     assert [name for name in storage.files(f"{s3_root}/store") if name.endswith("manifest.json")]
 
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{roots[0]}/mlflow/mlflow.db")
+    (version,) = client.search_model_versions("name = 'quickstart-retriever'")
+    (recall,) = [r for r in records[0] if (r["method"], r["benchmark"], r["metric"]) == ("intra", "synthetic", "complete_recall_at_5")]
+    assert version.tags["synthetic/complete_recall_at_5"].startswith(f"{recall['value']:.3f} [")
+    (folder,) = Path(roots[0], "retriever").iterdir()
+    assert version.tags["fingerprint"] == folder.name
+    registered = Path(client.download_artifacts(version.run_id, "quickstart-retriever", str(tmp_path)))
+    assert (registered / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert {file.name for file in registered.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+
     again = nightly(s3_root, tmp_path)
     assert again.returncode == 0
     assert again.stderr.splitlines() == [f"{step}: complete" for step in ("prepare", "encode", "train", "evaluate")]
