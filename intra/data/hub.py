@@ -143,10 +143,9 @@ def _here(data: DataConfig, entry: FileConfig) -> bool:
         return True
     if entry.sha256 and files.digest(str(target)) == entry.sha256:
         return True
-    was = f"commit {known.get('revision')}" if same else "nothing known"
-    raise UserError(
-        f"{target}: is not what data.files names ({entry.repo}, commit {entry.revision}) but {was}; remove it, or name another data.path"
-    )
+    was = f"commit {known.get('revision')}" if same else "of unknown origin"
+    raise UserError(f"{target}: is not known as what data.files names ({entry.repo}, commit {entry.revision}) but {was}; remove it, name another "
+                    "data.path, or, if it is what you mean, set the entry's sha256, or take out its repo")  # fmt: skip
 
 
 def _asked(entry: FileConfig, question: Any, kept: str = "") -> Any:

@@ -251,11 +251,11 @@ def test_a_file_in_the_way(server: Hub, tmp_path: Path) -> None:
     (tmp_path / "big.jsonl").write_bytes(CONTENT)
     hub.fetch(config(tmp_path, sha256=hashlib.sha256(CONTENT).hexdigest()), server.url)  # known by its checksum
     assert server.asked == []
-    with pytest.raises(UserError, match=r"big.jsonl: is not what data.files names .* but nothing known; remove it"):
+    with pytest.raises(UserError, match=r"big.jsonl: is not known as what data.files names .* but of unknown origin; remove it"):
         hub.fetch(config(tmp_path), server.url)
     (tmp_path / ".fetched" / "big.jsonl.json").parent.mkdir()
     (tmp_path / ".fetched" / "big.jsonl.json").write_text("{")
-    with pytest.raises(UserError, match=r"but nothing known; remove it"):
+    with pytest.raises(UserError, match="but of unknown origin; remove it"):
         hub.fetch(config(tmp_path), server.url)
     (tmp_path / "big.jsonl").unlink()
     hub.fetch(config(tmp_path), server.url)
