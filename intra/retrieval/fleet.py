@@ -29,12 +29,10 @@ Part = tuple[int, int]  # first row, number of rows
 class Holder:
     """In a worker: parts of the pool, in memory once they were asked for. Maps {"part", "what", "ask", ...} to {"result"}."""
 
-    def __init__(self, opens: Callable[[], Source], keys: Any, tile_chunks: int, device: str, threads: int) -> None:
-        import ray
-
+    def __init__(self, opens: Callable[[], Source], keys: Keys, tile_chunks: int, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self._keys: Keys = ray.get(keys).to(self._device)
+        self._keys = keys.to(self._device)
         self._source, self._tile_chunks = opens(), tile_chunks
         self._parts: dict[Part, Resident] = {}
         self._ask: tuple[Any, Ask] | None = None

@@ -88,7 +88,9 @@ def test_candidates_are_ordered_by_their_exact_scores(
         elif kind == "per_head" or form == "int8":  # of a mixture the normalisers of integers are nearly exact
             assert all(score == pytest.approx(scores[row], abs=1e-4 if kind == "per_head" else 0.05) for row, score in mine)
         assert mine == sorted(mine, key=lambda pair: (-pair[1], pair[0]))
-    assert intrinsic.recall(truth.pairs, found.pairs) > (0.99 if form == "int8" else 0.4)  # random vectors: nothing for linear to hold on to
+    assert intrinsic.recall(truth.pairs, found.pairs) > (
+        0.99 if form == "int8" else 0.4
+    )  # random vectors: nothing for linear to hold on to
 
 
 def test_fewer_candidates_than_k_still_give_k(big: Big, backbone: Backbone, ask: Ask) -> None:
