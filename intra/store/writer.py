@@ -110,7 +110,7 @@ class LoadTokenize:
     """First stage: reads a shard's chunks from the dataset and tokenises them.
 
     In: {shard, first, rows} and, where they are not rows [first, first + rows) of the pool, `places`, int64 as bytes; `content` where it
-    is to be compared. Out: the same with `ids` and `lengths`, int32 as bytes.
+    is to be compared. Out: the same with `ids` and `lengths`, int32 as bytes, and `memory`, this process's largest so far in bytes.
     """
 
     def __init__(self, dataset: str, model: str, revision: str | None, template: str) -> None:
@@ -134,7 +134,7 @@ class LoadTokenize:
                 )
         lengths = np.array([len(item) for item in ids], dtype=np.int32)
         flat = np.concatenate([np.asarray(item, dtype=np.int32) for item in ids])
-        return {**row, "ids": flat.tobytes(), "lengths": lengths.tobytes()}
+        return {**row, "ids": flat.tobytes(), "lengths": lengths.tobytes(), "memory": peak_memory()}
 
     def _chunks(self, row: Mapping[str, Any]) -> Pool:
         if row.get("places") is None:
@@ -179,7 +179,7 @@ class EncodeCommit:
             "bytes": commit[STATES]["bytes"] + commit[POOLED]["bytes"],
             "worker": f"{socket.gethostname()}:{os.getpid()}",
             "device": f"{self.backbone.device.type}:{os.environ.get('CUDA_VISIBLE_DEVICES', '')}",  # Ray gives a worker its own
-            "memory": peak_memory(),
+            "memory": max(peak_memory(), int(row["memory"])),  # of its loader, if that is the larger
             "started": started,
             "compute": encoded - started,
             "ended": time.time(),

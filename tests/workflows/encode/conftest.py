@@ -20,7 +20,7 @@ from intra.data import synthetic
 from workflows import prepare
 
 from ...conftest import free_port
-from .runs import CHUNKS, SHARD_CHUNKS, Head, World, contents, end, environment, finish
+from .runs import CHUNKS, SHARD_CHUNKS, Head, World, contents, end, environment, finish, wait_for_jobs
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,8 @@ def head(s3_server: str) -> Iterator[Head]:
     """A Ray head of our own, with its job server; its workers know the local S3 server."""
     folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds Unix sockets
     gcs, dashboard = free_port(), free_port()
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4", f"--temp-dir={folder}",
+    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4", "--num-gpus=2",
+               f"--temp-dir={folder}",
                "--object-store-memory=268435456", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
                f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
                f"--metrics-export-port={free_port()}"]  # fmt: skip
@@ -75,3 +76,17 @@ def head(s3_server: str) -> Iterator[Head]:
         end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def joined(head: Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    """The head, which what runs in this process joins."""
+    import ray
+
+    wait_for_jobs(head)
+    monkeypatch.setenv("RAY_ADDRESS", head.gcs)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ours = not ray.is_initialized()
+    yield head
+    if ours:
+        ray.shutdown()

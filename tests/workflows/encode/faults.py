@@ -8,12 +8,13 @@ an S3 server that does not answer.
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import functools
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,17 @@ class HastyLoad(writer.LoadTokenize):
         hasten()
         super().__init__(*arguments)
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return super().__call__(row)
+
+class OnCpu(writer.EncodeCommit):
+    """A worker that was given a GPU which is none: no fault, but it computes on the CPU. It waits until another one has come."""
+
+    def __init__(self, store: Any, source: writer.Source, *arguments: Any, folder: str) -> None:
+        super().__init__(store, dataclasses.replace(source, device="cpu"), *arguments)
+        storage.create(f"{folder}/here/{os.getpid()}", b"")
+        until = time.monotonic() + 120
+        while len(storage.names(f"{folder}/here")) < 2:
+            assert time.monotonic() < until, "no second worker"
+            time.sleep(0.05)
 
 
 FAULTS = {"die": Die, "full": Full, "hasty": Hasty}

@@ -6,6 +6,8 @@ seconds: one head for the module, and local ones only where the script must star
 
 from __future__ import annotations
 
+import functools
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -19,10 +21,13 @@ from intra import lineage, storage
 from intra.backbone import model as backbones
 from intra.data import schema
 from intra.errors import UserError, WorkflowError
-from intra.store.format import COMMIT, STATES, shards
+from intra.store import writer
+from intra.store.format import COMMIT, SCALE, STATES, shards
+from intra.store.progress import Progress
 from intra.store.reader import ChunkStore
-from workflows import encode
+from workflows import encode, prepare
 
+from . import faults
 from .runs import (
     CHUNKS,
     REPOSITORY,
@@ -172,11 +177,8 @@ def test_killed_and_started_again_the_store_is_the_same(
 
 
 def test_a_failing_shard_is_one_line_and_the_others_stay(
-    world: World, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World, joined: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ray
-
-    wait_for_jobs(head)
     root = world.clone(str(tmp_path))
     config = world.load(root, "store.shard_chunks=64", "store.workers=1")
     dataset = lineage.dataset(config)
@@ -185,22 +187,118 @@ def test_a_failing_shard_is_one_line_and_the_others_stay(
     counts[-1] += 1  # of the last of three shards
     wrong = table.set_column(4, "n_tokens", pa.array(counts, pa.int32()))
     storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(wrong))
-    monkeypatch.setenv("RAY_ADDRESS", head.gcs)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    ours = not ray.is_initialized()
-    try:
-        why = r"1 of 3 shards failed on 2 workers and are set aside: 00002-\w{8} \(chunk .*: \d+ tokens, but dataset .* states \d+"
-        with pytest.raises(WorkflowError, match=why) as caught:
-            encode.run(config)
-        assert "\n" not in str(caught.value)
-        assert "shards that failed are tried again on another worker: 00002-" in capsys.readouterr().err
-        store = lineage.store(config)
-        assert not store.complete()
-        storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(table))
-        kept = stamps(store.url, [name for name in storage.files(store.url) if name.startswith(STATES)])
+    why = r"1 of 3 shards failed on 2 workers and are set aside: 00002-\w{8} \(chunk .*: \d+ tokens, but dataset .* states \d+"
+    with pytest.raises(WorkflowError, match=why) as caught:
         encode.run(config)
-        assert stamps(store.url, list(kept)) == kept
-        assert len(ChunkStore(store.url).manifest["shards"]) == len(shards(CHUNKS, 64))
-    finally:
-        if ours:
-            ray.shutdown()
+    assert "\n" not in str(caught.value)
+    assert "shards that failed are tried again on another worker: 00002-" in capsys.readouterr().err
+    store = lineage.store(config)
+    assert not store.complete()
+    storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(table))
+    kept = stamps(store.url, [name for name in storage.files(store.url) if name.startswith(STATES)])
+    encode.run(config)
+    assert stamps(store.url, list(kept)) == kept
+    assert len(ChunkStore(store.url).manifest["shards"]) == len(shards(CHUNKS, 64))
+
+
+def twin(world: World, root: str) -> str:
+    """Another root with the same dataset and the finished store. Returns the store's place."""
+    store = lineage.store(world.load())
+    url = storage.join(world.clone(root), "store", store.fingerprint)
+    storage.upload(store.url, url)
+    return url
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_is_named_and_repaired(
+    world: World, reference: dict[str, bytes], joined: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, config = twin(world, str(tmp_path)), world.load(str(tmp_path))
+    shard = [entry["name"] for entry in lineage.store(config).manifest()["shards"]]
+    bad = [f"states/{shard[7]}.safetensors", f"pooled/{shard[30]}.safetensors", f"commit/{shard[79]}.json", "index.parquet"]
+    for name, position in zip(bad, (3, -1, 40, -60), strict=True):
+        data = bytearray(reference[name])
+        data[position] ^= 1
+        storage.write_bytes(f"{url}/{name}", bytes(data))
+    with pytest.raises(WorkflowError) as caught:
+        encode.check(config)
+    assert all(f"{url}/{name} differs from what was written" in str(caught.value) for name in bad)
+    assert "(4 damaged in all); run the same command with --repair" in str(caught.value)
+    made_again = {shard[number] for number in (7, 30, 79)}
+    sound = stamps(url, [name for name in committed_files(lineage.store(config)) if name.split("/")[1].split(".")[0] not in made_again])
+    assert encode.repair(config) == url
+    assert [line.split(" ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("repair: ")] == [
+        f"{url}/{name}" for name in ("index.parquet", *bad[:3])
+    ]
+    assert stamps(url, list(sound)) == sound
+    assert contents(url) == reference
+    assert encode.check(config) == url
+
+
+@pytest.mark.slow
+def test_a_lost_int8_scale_is_made_again(world: World, joined: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = world.load(world.clone(str(tmp_path)), "store.dtype=int8", "store.shard_chunks=80")
+    url = encode.run(config)
+    before, kept = contents(url), stamps(url, committed_files(lineage.store(config)))
+    storage.remove(f"{url}/{SCALE}")
+    encode.repair(config)
+    assert contents(url) == before
+    assert stamps(url, list(kept)) == kept
+
+
+@pytest.mark.slow
+def test_workers_see_their_own_gpu_and_too_many_are_one_line(
+    world: World, joined: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, lines = world.clone(str(tmp_path / "root")), []
+    asks = world.load(root, "store.gpus_per_worker=3")
+    with pytest.raises(UserError, match=r"no worker of 1 CPU and 3 GPU fits: there are 4 CPU and 2 GPU here; lower store.gpus_per_worker"):
+        encode.run(asks)
+    monkeypatch.setattr(writer, "EncodeCommit", functools.partial(faults.OnCpu, folder=str(tmp_path)))
+    add = Progress.add
+    monkeypatch.setattr(Progress, "add", lambda self, line: lines.append(line) or add(self, line))
+    encode.run(world.load(root, "store.gpus_per_worker=1", "store.shard_chunks=8"))
+    assert {line["device"] for line in lines} == {"cpu:0", "cpu:1"}
+    assert len({(line["worker"], line["device"]) for line in lines}) == 2
+
+
+# ---- another store under the same root
+
+
+@pytest.mark.parametrize(
+    ("override", "apart"),
+    [("store.dtype=float32", "store.dtype float32 instead of bfloat16"), ("seed=1", "data.pool "), ("backbone.model", "backbone.digest ")],
+)
+def test_another_model_setting_or_corpus_is_a_new_store_beside(
+    world: World, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    override: str, apart: str,
+) -> None:  # fmt: skip
+    url = twin(world, str(tmp_path / "root"))
+    if override == "backbone.model":
+        shutil.copytree(world.load().backbone.model, tmp_path / "model")
+        settings = tmp_path / "model" / "generation_config.json"
+        settings.write_text(settings.read_text() + "\n")
+        override = f"backbone.model={tmp_path}/model"
+    config = world.load(str(tmp_path / "root"), override)
+    prepare.run(config)
+
+    def stop(*_: object) -> None:
+        raise WorkflowError("stopped")
+
+    monkeypatch.setattr(encode, "_shards", stop)
+    with pytest.raises(WorkflowError, match="stopped"):
+        encode.run(config)
+    found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encode: a new store beside ")]
+    assert len(found) == 1
+    assert found[0].startswith(f"encode: a new store beside {url.rsplit('/')[-1]}, for ")
+    assert apart in found[0]
+    assert lineage.store(config).url != url
+    assert contents(url) == reference
+
+
+def test_a_store_under_another_name_is_refused(world: World, reference: dict[str, bytes], tmp_path: Path) -> None:
+    config = world.load(str(tmp_path), "store.dtype=float32")
+    url = twin(world, str(tmp_path))
+    Path(url).rename(lineage.store(config).url)
+    with pytest.raises(UserError, match=r"its manifest says \w+: the folder was renamed or copied"):
+        encode.run(config)
