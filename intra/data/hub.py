@@ -144,8 +144,10 @@ def _here(data: DataConfig, entry: FileConfig) -> bool:
     if entry.sha256 and files.digest(str(target)) == entry.sha256:
         return True
     was = f"commit {known.get('revision')}" if same else "of unknown origin"
-    raise UserError(f"{target}: is not known as what data.files names ({entry.repo}, commit {entry.revision}) but {was}; remove it, name another "
-                    "data.path, or, if it is what you mean, set the entry's sha256, or take out its repo")  # fmt: skip
+    raise UserError(
+        f"{target}: is not known as what data.files names ({entry.repo}, commit {entry.revision}) but {was}; remove it, name another "
+        "data.path, or, if it is what you mean, set the entry's sha256, or take out its repo"
+    )
 
 
 def _asked(entry: FileConfig, question: Any, kept: str = "") -> Any:

@@ -65,11 +65,11 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
     data = config.data
     digests = sources.digests(data)
     mistakes = Mistakes(skip=data.on_error == "skip")
-    count = len(sources.parts(data))
-    scans = list(fan(stages.Scan, (data, config.seed, work), [{"part": part} for part in range(count)], "read"))
+    own_ids = sources.own_ids(data)
+    scans = list(fan(stages.Scan, (data, config.seed, work), [{"part": part} for part in range(len(own_ids))], "read"))
     for scan in scans:
         mistakes.merge(scan["mistakes"], scan["messages"], dict(scan["left_out"]))
-    read = choice.load(scans, work, [sources.own_ids(data, part) for part in range(count)], data.deduplicate, mistakes)
+    read = choice.load(scans, work, own_ids, data.deduplicate, mistakes)
     found = questions.unique((question for scan in scans for question in questions.read(work, scan)), mistakes)
     found = questions.check(read, choice.resolve_titles(found, read, mistakes), questions.needs_answers(config), mistakes)
     asked, questions_read = questions.limit(questions.fair(found, data), data.question_limit, config.seed), len(found)

@@ -78,9 +78,9 @@ def read(data: DataConfig, seed: int, part: int, mistakes: Mistakes) -> Iterator
     return iter([*passages, *questions])
 
 
-def own_ids(data: DataConfig, part: int) -> bool:
-    """Whether a part's passages have ids of their own, of which none may stand twice; otherwise they are hashes of the content."""
-    return data.source != "files" or entries(data)[part][0].format == "beir"
+def own_ids(data: DataConfig) -> list[bool]:
+    """For each part, whether its passages have ids of their own, of which none may stand twice; otherwise they are hashes of the content."""
+    return [entry.format == "beir" for entry, _ in entries(data)] if data.source == "files" else [True] * len(parts(data))
 
 
 def repeats(data: DataConfig, part: int) -> bool:
