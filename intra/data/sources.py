@@ -79,7 +79,7 @@ def read(data: DataConfig, seed: int, part: int, mistakes: Mistakes) -> Iterator
 
 
 def own_ids(data: DataConfig) -> list[bool]:
-    """For each part, whether its passages have ids of their own, of which none may stand twice; otherwise they are hashes of the content."""
+    """For each part, whether its passages have ids of their own, of which none may stand twice; else they are hashes of content."""
     return [entry.format == "beir" for entry, _ in entries(data)] if data.source == "files" else [True] * len(parts(data))
 
 

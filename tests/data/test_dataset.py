@@ -96,6 +96,14 @@ def test_two_runs_are_byte_identical_whatever_the_order_of_files(folder: Path, t
         assert contents(third.url)[name] == first[name]
 
 
+def test_what_evaluate_asks_for_changes_no_dataset(folder: Path, tmp_path: Path, artifact: Artifact) -> None:
+    config, other = make(folder, tmp_path), Artifact("dataset", str(tmp_path / "other"), artifact.fingerprint, "prepare")
+    pool.build(config, artifact)
+    pool.build(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"k": [1, 7], "answers": False})}), other)
+    ours, theirs = contents(artifact.url), contents(other.url)
+    assert {name for name in ours if ours[name] != theirs[name]} == {"config.json"}
+
+
 def test_beir_and_the_limits(beir_folder: Path, tmp_path: Path, artifact: Artifact) -> None:
     manifest = pool.build(make(beir_folder, tmp_path, source="beir", question_limit=1, pool_limit=4, chunk_tokens=500), artifact)
     assert manifest["passages"] == 4
