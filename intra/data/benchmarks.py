@@ -10,9 +10,11 @@
     dpr               Natural Questions (or another) in DPR's JSON: {question, answers, positive_ctxs, negative_ctxs, hard_negative_ctxs}
     nq_open           open Natural Questions with passages, JSONL: {question, answer or answers, ctxs: [{title, text, isgold}]}
 
-JSON lists and JSONL are told apart by their first character. A passage's id is the hash of its title and text, so one paragraph in several
-files is one passage. Questions keep their own ids; where the format has none, the id is a hash of question and evidence. Whatever a
-record holds wrong is a UserError that names file, line and field.
+JSON lists and JSONL are told apart by their first character, Parquet, which the hub has much of this in, by its name (`.parquet`).
+HotpotQA's `context` and `supporting_facts` may be columns as there, {title[], sentences[]} and {title[], sent_id[]}.
+
+A passage's id is the hash of its title and text, so one paragraph in several files is one passage. Questions keep their own ids; where the
+format has none, the id is a hash of question and evidence. Whatever a record holds wrong is a UserError that names file, line and field.
 """
 
 from __future__ import annotations
@@ -67,12 +69,12 @@ def hotpotqa(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:
     """The paragraphs of `context`, and the question with its supporting pages in the order in which they are first named."""
     paragraphs: dict[str, tuple[Passage, int]] = {}
     passages = []
-    for element in files.listed(record, "context", where, "paragraph"):
+    for element in _pairs(record, "context", "sentences", where, "paragraph"):
         title, sentences = _context(element, where)
         passages.append(_passage(title, _joined(sentences), where, entry))
         paragraphs.setdefault(title, (passages[-1], len(sentences)))
     gold: list[str] = []
-    for fact in files.listed(record, "supporting_facts", where, "supporting fact"):
+    for fact in _pairs(record, "supporting_facts", "sent_id", where, "supporting fact"):
         if not isinstance(fact, list) or len(fact) != 2 or not isinstance(fact[0], str):
             raise UserError(f"{where}: 'supporting_facts' must hold pairs of a title and a sentence's number, found {str(fact)[:80]}")
         title, sentence = fact
@@ -216,6 +218,17 @@ def _clara_document(text: str, where: str, entry: FileConfig) -> Passage:
     found = _CLARA_TITLE.match(text)
     title, body = (found[1], text[found.end() :]) if found else ("", text)
     return _passage(title, body, where, entry) if body.strip() else _passage("", text, where, entry)
+
+
+def _pairs(record: Record, key: str, second: str, where: str, meaning: str) -> list[Any]:
+    """The list `record[key]`, or the pairs of its columns `title` and `second`."""
+    columns = record.get(key)
+    if not isinstance(columns, dict):
+        return files.listed(record, key, where, meaning)
+    titles, others = (files.listed(columns, name, f"{where}: '{key}'", meaning) for name in ("title", second))
+    if len(titles) != len(others):
+        raise UserError(f"{where}: '{key}' holds {len(titles)} of 'title', {len(others)} of '{second}'; each {meaning} needs both")
+    return [list(pair) for pair in zip(titles, others, strict=True)]
 
 
 def _context(element: Any, where: str) -> tuple[str, list[str]]:

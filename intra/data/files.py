@@ -1,6 +1,6 @@
 """Reading the lines and records of input files, as streams, with errors that name file and line.
 
-A file is plain UTF-8, gzip where its name ends in `.gz`, Zstandard where it ends in `.zst`; local or on s3://.
+A file is plain UTF-8, gzip, Zstandard or Parquet as its name ends (`.gz`, `.zst`, `.parquet`); local or on s3://.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError
 
 from intra import storage
@@ -30,6 +31,7 @@ Record = dict[str, Any]
 PACKED = ("", ".gz", ".zst")
 BLOCK = 1 << 20  # bytes read at once
 MARK = b"\xef\xbb\xbf"  # of UTF-8, which some programs write before the first line
+ROWS = 2048  # of Parquet, read at once
 LARGEST = 64 << 20  # characters of one record of a JSON array
 STOP = Mistakes()  # raises every mistake
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
@@ -140,10 +142,13 @@ def records(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]
 
 
 def objects(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]:
-    """(where, object) of every object of a file that is JSONL or one JSON array, whichever it begins like.
+    """(where, object) of every object of a file that is JSONL or one JSON array, whichever it begins like, or of every row of Parquet.
 
-    Of an array, `where` is `url:line (record n)`. Either is read as a stream.
+    Of an array, `where` is `url:line (record n)`. All are read as streams.
     """
+    if url.endswith(".parquet"):
+        yield from rows(url, mistakes)
+        return
     try:
         with unpacked(url) as stream:
             start = stream.read(len(MARK)).removeprefix(MARK).strip()  # little, so that damage further on is met by the reading itself
@@ -156,6 +161,46 @@ def objects(url: str, mistakes: Mistakes = STOP) -> Iterator[tuple[str, Record]]
         mistakes.add(UserError(f"{url}: is empty; fetch it again or remove it"), whole=True)
         return
     yield from _array(url, mistakes) if start.startswith(b"[") else records(url, mistakes)
+
+
+def rows(url: str, mistakes: Mistakes = STOP, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
+    """(`url:row`, record) of every row of a Parquet file, rows counted from 1; of `columns` only, those that are there.
+
+    Mistakes: no such file, a damaged one or one without rows or without a `needed` column, a row with strings that are not UTF-8.
+    """
+    try:
+        with opened(url) as file:
+            source = pq.ParquetFile(file)
+            names = source.schema_arrow.names
+            for name in needed:
+                if name not in names:
+                    raise UserError(f"{url}: the column '{name}' is missing; found the columns {', '.join(names)}")
+            if not source.metadata.num_rows:
+                raise UserError(f"{url}: holds no rows; fetch it again or remove it")
+            number = 0
+            for batch in source.iter_batches(ROWS, columns=[name for name in columns if name in names] or None):
+                for record in _decoded(batch):
+                    number += 1
+                    if record is None:
+                        mistakes.add(UserError(f"{url}:{number}: holds bytes that are not UTF-8; convert the file"))
+                    else:
+                        yield f"{url}:{number}", record
+    except (pa.ArrowException, OSError) as error:  # the second from a damaged page
+        mistakes.add(UserError(f"{url}: not a sound Parquet file ({' '.join(str(error).split())[:120]}); fetch it again"), whole=True)
+    except UserError as error:
+        mistakes.add(error, whole=True)
+
+
+def _decoded(batch: pa.RecordBatch) -> Iterator[Record | None]:
+    """The rows; None for one that is not UTF-8, which Arrow does not check of a string column."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
 
 
 def _array(url: str, mistakes: Mistakes) -> Iterator[tuple[str, Record]]:

@@ -77,6 +77,24 @@ def test_hotpotqa(tmp_path: Path) -> None:
     assert (questions[0].question_id, questions[0].type, questions[0].hops) == ("5a7a06935542990198eaf050", "bridge", 2)
 
 
+def as_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of HotpotQA as the hub's Parquet has it."""
+    (titles, sentences), (named, numbers) = (zip(*record[key], strict=True) for key in ("context", "supporting_facts"))
+    return {**record, "context": {"title": titles, "sentences": sentences}, "supporting_facts": {"title": named, "sent_id": numbers}}
+
+
+def test_the_hubs_parquet(tmp_path: Path) -> None:
+    write(tmp_path / "h.json", text_of("hotpotqa", formats.HOTPOTQA))
+    wanted = read(config(tmp_path, "hotpotqa", "h.json"))
+    write_parquet(tmp_path / "h.parquet", [as_columns(record) for record in formats.HOTPOTQA])
+    passages, questions = read(config(tmp_path, "hotpotqa", "h.parquet"))
+    assert ([p.passage_id for p in passages], [q.gold_ids for q in questions]) == (
+        [p.passage_id for p in wanted[0]], [q.gold_ids for q in wanted[1]])  # fmt: skip
+    assert questions[1].where == f"{tmp_path}/h.parquet:2"
+    write_parquet(tmp_path / "m.parquet", [{**formats.MUSIQUE[0], "id": f"3hop1__{n}"} for n in range(3)])
+    assert [q.question_id for q in read(config(tmp_path, "musique", "m.parquet"))[1]] == ["3hop1__0", "3hop1__1", "3hop1__2"]
+
+
 def test_hotpotqa_fullwiki_names_pages_it_does_not_hold(tmp_path: Path) -> None:
     record = copy.deepcopy(formats.HOTPOTQA[0])
     record["context"] = record["context"][:2]
@@ -231,6 +249,8 @@ FIELDS: list[tuple[str, str, object, str]] = [
     ("hotpotqa", "context", [], "'context' is empty"),
     ("hotpotqa", "context.0.1", [], "'sentences' is empty"),
     ("hotpotqa", "context.0.1", [" "], "'context': the paragraph 'Lake Orla' is empty"),
+    ("hotpotqa", "context", {"title": ["Brenn"]}, "'context': 'sentences' is missing; found the fields title"),
+    ("hotpotqa", "supporting_facts", {"title": ["Brenn"], "sent_id": [0, 1]}, "'supporting_facts' holds 1 of 'title', 2 of 'sent_id'"),
     ("hotpotqa_fullwiki", "supporting_facts.0", ["Elsewhere", -1], "'supporting_facts (Elsewhere)' holds the index -1, out of range"),
     ("2wikimultihopqa", "evidences", ..., "'evidences' is missing"),
     ("2wikimultihopqa", "evidences", [], "'evidences' is empty"),
@@ -363,7 +383,7 @@ def test_bad_parquet_files(tmp_path: Path) -> None:
     write_parquet(file, [{"body": "x"}])
     assert refused() == ": the column 'text' is missing; found the columns body"
     write_parquet(file, [], pa.schema([("text", pa.string())]))
-    assert refused().startswith(": holds no passages")
+    assert refused().startswith(": holds no rows")
     write_parquet(file, [{"text": 3}])
     assert refused().startswith(":1: 'text' must be a string, found a number")
     write_parquet(file, [*rows, {"title": "Orla", "text": None}])
@@ -375,7 +395,10 @@ def test_bad_parquet_files(tmp_path: Path) -> None:
     broken[1] = b"br\xe9ken"
     column = pa.StringArray.from_buffers(2, *pa.array(broken, pa.binary()).buffers()[1:])
     pq.write_table(pa.table({"text": column}), file)
-    assert refused().startswith(":2: 'text' or 'title' holds bytes that are not UTF-8")
+    assert refused().startswith(":2: holds bytes that are not UTF-8")
+    mistakes = Mistakes(skip=True)
+    assert [passage.text for passage in read(config(tmp_path, "parquet", "f.parquet"), mistakes)[0]] == ["fine"]
+    assert mistakes.count == 1
 
 
 @pytest.mark.parametrize(
