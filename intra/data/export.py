@@ -12,9 +12,10 @@ no alternatives among gold passages: they stand in "metadata.gold", lists of chu
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from intra import cli, storage
@@ -23,6 +24,7 @@ from intra.data import schema
 from intra.data.schema import Question
 from intra.errors import UserError
 
+SLICE = 65536  # chunks decoded at once
 HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -32,10 +34,8 @@ def export(dataset: str, folder: str) -> None:
     Artifact("dataset", dataset, "", "prepare").manifest()
     if storage.names(folder):
         raise UserError(f"{folder}: holds files already; name a new folder, or remove it")
-    pool, questions = schema.read_pool(dataset), schema.read_questions(dataset)
-    columns = zip(pool.chunk_ids, pool.titles, pool.texts, pool.table["source"].to_pylist(), strict=True)
-    corpus = ({"_id": name, "title": title, "text": text, "metadata": {"source": source}} for name, title, text, source in columns)
-    storage.write_bytes(storage.join(folder, "corpus.jsonl"), _lines(_json(record) for record in corpus))
+    questions = schema.read_questions(dataset)
+    storage.write_bytes(storage.join(folder, "corpus.jsonl"), _lines(_corpus(schema.PoolFile(dataset))))
     storage.write_bytes(storage.join(folder, "queries.jsonl"), _lines(_json(_query(question)) for question in questions))
     for split in sorted({question.split for question in questions}):
         judged = (
@@ -45,6 +45,12 @@ def export(dataset: str, folder: str) -> None:
             for chunk in dict.fromkeys(chunk for group in question.gold for chunk in group)
         )
         storage.write_bytes(storage.join(folder, "qrels", f"{split}.tsv"), _lines([HEADER, *judged]))
+
+
+def _corpus(pool: schema.PoolFile) -> Iterator[str]:
+    for start in range(0, len(pool), SLICE):
+        for row in pool.rows(start, SLICE).table.to_pylist():
+            yield _json({"_id": row["chunk_id"], "title": row["title"], "text": row["text"], "metadata": {"source": row["source"]}})
 
 
 def _query(question: Question) -> dict[str, Any]:
@@ -66,7 +72,10 @@ def _json(record: dict[str, Any]) -> str:
 
 
 def _lines(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
+    buffer = io.BytesIO()
+    for line in lines:
+        buffer.write(f"{line}\n".encode())
+    return buffer.getvalue()
 
 
 def main(arguments: Sequence[str]) -> int:
