@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +25,8 @@ from intra.errors import WorkflowError
 
 
 class Encoder(Protocol):
+    model: Any
+
     def passages(self, texts: Sequence[str]) -> tuple[Floats, list[int]]: ...
 
     def questions(self, texts: Sequence[str]) -> list[Floats]: ...
@@ -62,6 +64,12 @@ class Corpus:
             owners.setdefault(text, []).append(chunk_id)
         self.texts, self.owners = list(owners), list(owners.values())
         self.shards = [range(len(self.texts))[first : first + shard_chunks] for first in range(0, len(self.texts), shard_chunks)]
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Of the complete corpus: texts, vectors, dimension."""
+        found = self._artifact.manifest()
+        return {name: int(found[name]) for name in ("texts", "vectors", "dimension")}
 
     @property
     def encoder(self) -> Encoder:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from intra.baselines.corpus import Block, Corpus
-from intra.baselines.models import Floats
+from intra.baselines.models import Floats, operations
 from intra.data.schema import Pool, Question
 from intra.errors import UserError
 from intra.method import Ranking, Rankings, ordered
@@ -54,6 +54,20 @@ class _Vectors(ABC):
                     scores = self._score(query, block, inside)
                     mine.update(zip((block.first + row for row in inside), scores, strict=True))
         return {question.question_id: [mine[row] for row in wanted] for question, wanted, mine in zip(questions, rows, found, strict=True)}
+
+    def operations(self, questions: Sequence[Question]) -> float:
+        """Of a search: the questions' encoding, and an inner product of every question vector with every vector of the corpus."""
+        texts, facts = [question.question for question in questions], self._corpus.facts
+        model = self._corpus.encoder.model
+        vectors = sum(len(query) for query in self._queries(questions))
+        return operations(model, model.tokenizer, texts) + 2.0 * vectors * facts["vectors"] * facts["dimension"]
+
+    def scoring_operations(self, questions: Sequence[Question], depth: int) -> float:
+        """Of the scores of so many candidates of each question."""
+        texts, facts, model = [question.question for question in questions], self._corpus.facts, self._corpus.encoder.model
+        vectors = sum(len(query) for query in self._queries(questions))
+        mean = facts["vectors"] / max(facts["texts"], 1)
+        return operations(model, model.tokenizer, texts) + 2.0 * vectors * depth * mean * facts["dimension"]
 
     def _queries(self, questions: Sequence[Question]) -> list[Floats]:
         return self._corpus.encoder.questions([question.question for question in questions]) if questions else []

@@ -50,6 +50,13 @@ class BM25:
             rankings[question.question_id] = best(self._ids, scores, k)
         return rankings
 
+    def operations(self, questions: Sequence[Question]) -> float:
+        """Of a search: two for each posting of a question's words."""
+        texts, lengths = [question.question for question in questions], np.diff(self._index.scores["indptr"])
+        words = self._tokenize(texts, return_ids=False) if texts else []
+        known = [self._index.vocab_dict[term] for terms in words for term in terms if term in self._index.vocab_dict]
+        return 2.0 * float(lengths[known].sum())
+
     def _tokenize(self, texts: list[str], **options: bool) -> Any:
         import bm25s
 
@@ -89,6 +96,11 @@ class TfIdf:
             for question, row in zip(batch, scores, strict=True):
                 rankings[question.question_id] = best(self._ids, row, k)
         return rankings
+
+    def operations(self, questions: Sequence[Question]) -> float:
+        """Of a search: two for each posting of a question's words."""
+        found = self._vectorizer.transform([question.question for question in questions])
+        return 2.0 * float(np.diff(self._matrix.indptr)[found.indices].sum())
 
 
 def best(ids: Sequence[str], scores: NDArray[Any], k: int) -> Ranking:

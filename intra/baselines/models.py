@@ -172,7 +172,7 @@ class Cross:
         if settings.remote_code:
             _check_code(name, place)
         with quiet():
-            self._model: Any = library.CrossEncoder(
+            self.model: Any = library.CrossEncoder(
                 str(place), device=_device(device), local_files_only=True, trust_remote_code=settings.remote_code,
                 max_length=settings.max_length, num_labels=1, model_kwargs={"dtype": settings.dtype, "use_safetensors": True},
                 processor_kwargs={"padding_side": "right"},
@@ -183,10 +183,22 @@ class Cross:
         """The logit of each pair."""
         import torch
 
-        found = self._model.predict(
+        found = self.model.predict(
             list(pairs), batch_size=self._settings.batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
         )
         return [float(score) for score in found]
+
+
+def linear(model: Any) -> int:
+    """The weights of a model's linear layers: a token takes twice as many operations."""
+    import torch
+
+    return sum(int(module.weight.numel()) for module in model.modules() if isinstance(module, torch.nn.Linear))
+
+
+def operations(model: Any, tokenizer: Any, texts: Sequence[Any]) -> float:
+    """To encode all the texts (or pairs), attention itself left out."""
+    return 2.0 * linear(model) * sum(len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
 
 
 def sentence_transformers(name: str, threads: int = 1) -> Any:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from tqdm import tqdm
 
-from intra.baselines.models import Cross
+from intra.baselines.models import Cross, operations
 from intra.data.schema import Pool, Question
 from intra.method import Ranking, Rankings, ordered
 
 _QUESTIONS_AT_ONCE = 16
+_TEXTS_MEASURED = 256
 
 
 class Scorer(Protocol):
     def index(self, pool: Pool) -> None: ...
 
     def scores(self, questions: Sequence[Question], candidates: Mapping[str, Sequence[str]]) -> dict[str, list[float]]: ...
+    def scoring_operations(self, questions: Sequence[Question], depth: int) -> float: ...
 
 
 class CrossScorer:
@@ -42,6 +45,12 @@ class CrossScorer:
                 found[q.question_id] = [score[q.question, self._texts[chunk]] for chunk in candidates[q.question_id]]
         return found
 
+    def scoring_operations(self, questions: Sequence[Question], depth: int) -> float:
+        """By the mean of the first texts of the pool: candidates are not read again for their length."""
+        texts = list(self._texts.values())[:_TEXTS_MEASURED]
+        pairs = [(question.question, text) for question, text in zip(questions, itertools.cycle(texts), strict=False)]
+        return depth * operations(self._model.model, self._model.model.tokenizer, pairs)
+
 
 class Rerank:
     """The first chunks of another method, in the order of a model's scores."""
@@ -59,6 +68,11 @@ class Rerank:
         candidates = {key: [chunk for chunk, _ in ranking] for key, ranking in self._first().items()}
         scores = self._scorer.scores(questions, candidates)
         return {key: ordered(zip(chunks, scores[key], strict=True), k) for key, chunks in candidates.items()}
+
+    def operations(self, questions: Sequence[Question]) -> float:
+        """Of the scores alone."""
+        depth = max((len(ranking) for ranking in self._first().values()), default=0)
+        return self._scorer.scoring_operations(questions, depth)
 
 
 class Fusion:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from tqdm import tqdm
 
 from intra.data.schema import Question
+from intra.evaluation import cost
 
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone
@@ -58,6 +59,11 @@ class Reader:
                 self._known[keys[question.question_id]] = text
         self.read += len(new)
         return {question_id: self._known[key] for question_id, key in keys.items()}
+
+    def operations(self, questions: Sequence[Question], chosen: Mapping[str, Sequence[str]], answers: Mapping[str, str]) -> float:
+        """Of reading one answer, the mean of these."""
+        tokens = sum(self._lengths[chunk] for question in questions for chunk in chosen[question.question_id]) / len(questions)
+        return cost.answer(self._parts.backbone, questions, [answers[question.question_id] for question in questions], tokens)
 
     def _read(self, questions: Sequence[Question], chosen: Sequence[Sequence[str]]) -> list[str]:
         needed = sorted({chunk for chunks in chosen for chunk in chunks})

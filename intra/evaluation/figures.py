@@ -186,7 +186,7 @@ def cost_and_quality(points: Mapping[str, tuple[float, float]], methods: Sequenc
     for power in range(low, high + 1):
         body.append(_text(place(10.0**power), bottom + 16, seconds(10.0**power), "middle", "soft"))
         body.append(f'<path class="rule" d="M{_n(place(10.0**power))},{bottom}v4"/>')
-    body.append(_text(right, bottom + 31, "time a question", "end", "soft"))
+    body.append(_text(right, bottom + 31, "time a question, logarithmic", "end", "soft"))
     taken: list[tuple[float, float, float, float]] = []
     dots = [
         (number, method, place(shown[method][0]), bottom - shown[method][1] * (bottom - top))

@@ -126,6 +126,8 @@ def _per_question(cost: Record) -> dict[str, float | None]:
 def _cost_cells(cost: Record) -> list[str]:
     """Index, search, answer, memory, operations of search and answer; empty where it is not known."""
     cells = ["" if value is None else figures.seconds(value) for value in (cost["index_seconds"], *_per_question(cost).values())]
+    peaks = [cost[name] for name in ("peak_bytes", "answer_peak_bytes") if cost.get(name) is not None]
+    cost = {**cost, "peak_bytes": max(peaks, default=None)}
     for name, units in (("peak_bytes", ("B", "KB", "MB", "GB")), ("search_operations", UNITS), ("answer_operations", UNITS)):
         cells.append("" if cost.get(name) is None else _scaled(cost[name], units))
     return cells

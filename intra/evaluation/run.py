@@ -18,7 +18,6 @@ import json
 import logging
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from intra.config import Config
 from intra.data.schema import POOL, QUESTIONS, Pool, Question, read_pool, read_questions, to_parquet
 from intra.errors import Regression, UserError, WorkflowError
 from intra.evaluate_config import NDCG_DEPTH, CrossConfig, DenseConfig, FusionConfig, LateConfig, ModelConfig, RerankConfig
-from intra.evaluation import expectations, metrics, report, results, significance
+from intra.evaluation import cost, expectations, metrics, report, results, significance
 from intra.evaluation.answers import Reader
 from intra.evaluation.results import Outcome, Record
 from intra.method import Method, Rankings, check
@@ -40,6 +39,7 @@ from intra.method import Method, Rankings, check
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone
     from intra.baselines.corpus import Corpus
+    from intra.retrieval.retriever import Retriever
     from intra.store.reader import ChunkStore
 
 LOGGER = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ RESULTS = "results.json"
 REPORT = "report.html"
 RANKING = "ranking.parquet"
 ANSWERS = "answers.parquet"
+ANSWER_COSTS = ("answer_seconds", "answers_read", "answer_operations", "answer_peak_bytes")
 INTRINSIC = {"intra", "maxsim", "s0_reranked"}  # methods that need the chunk store and the retriever (S_0's settings are its own)
 
 
@@ -73,9 +74,14 @@ class Parts:
         return ChunkStore(lineage.store(self.config).url)
 
     @cached_property
+    def retriever(self) -> Retriever:
+        from intra.retrieval.retriever import Retriever
+
+        return Retriever.from_pretrained(lineage.retriever(self.config).url)
+
+    @cached_property
     def intrinsic(self) -> dict[str, Method]:
         from intra.retrieval import search
-        from intra.retrieval.retriever import Retriever
 
         settings = self.config.retriever
         if settings.search.workers:
@@ -83,7 +89,7 @@ class Parts:
         passes = search.Passes(
             self.backbone,
             self.store,
-            Retriever.from_pretrained(lineage.retriever(self.config).url),
+            self.retriever,
             query_batch=settings.query_batch,
             tile_chunks=settings.tile_chunks,
             search=settings.search,
@@ -208,7 +214,7 @@ def make(config: Config, artifact: Artifact) -> None:
             records += found
             whole = results.whole(found)
             run.log_metrics({f"{name}/{r['benchmark']}/{r['metric']}": r["value"] for r in found if r["benchmark"] in whole})
-            costs.append({"method": name, "questions": len(questions), **seconds, "note": ""})
+            costs.append({"method": name, "questions": len(questions), **seconds, "note": _note(config, name)})
         if outcomes:
             failures = {name: str(error) for name, error in searches.failures.items()}
             about = _facts(config, artifact, facts, sources)
@@ -269,6 +275,13 @@ def _write(
         storage.write_bytes(artifact.path(name), figure.standalone().encode())
         run.log_artifact(figure.standalone(), name)
     return encoded
+
+
+def _note(config: Config, name: str) -> str:
+    """What a method's cost does not say by itself."""
+    if name == "s0_reranked" and config.retriever.scoring == "mixture" and "intra" in config.evaluate.methods:
+        return "its time is without the normalisers over the pool, which INTRA has computed; its operations are with them"
+    return ""
 
 
 def _log_curves(run: tracking.Run, found: Sequence[Record]) -> None:
@@ -345,10 +358,13 @@ class Searches:
                 raise
         return self._known[name]
 
-    def cost(self, name: str) -> dict[str, float]:
-        """Seconds that the method's index and search took, when they were made, those of its parts included."""
+    def cost(self, name: str) -> dict[str, float | None]:
+        """What index and search took when they were made, seconds and operations with those of the parts; None: not written down then."""
         made = [lineage.ranking(self.parts.config, part, self.marks).manifest() for part in self._all_of(name)]
-        return {key: sum(facts[key] for facts in made) for key in ("index_seconds", "search_seconds")}
+        found: dict[str, float | None] = {key: sum(facts[key] for facts in made) for key in ("index_seconds", "search_seconds")}
+        counted = [facts["operations"] for facts in made if facts.get("operations") is not None]
+        found["search_operations"] = sum(counted) if len(counted) == len(made) else None
+        return found | {"peak_bytes": made[-1].get("peak_bytes")}
 
     def _all_of(self, name: str) -> list[str]:
         """The method and all it is made of, each once."""
@@ -389,16 +405,31 @@ class Searches:
             self.ranking(part)  # before the clock starts: their cost is theirs
             if part in INTRINSIC:
                 self.parts.intrinsic[part].search(self.questions, depth)  # S_0, read or made: in memory from here on
-        start = time.perf_counter()
-        method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
-        method.index(self.pool)
-        indexed = time.perf_counter()
-        rankings = method.search(self.questions, depth)
-        searched = time.perf_counter()
+        with cost.Meter() as meter:
+            method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
+            method.index(self.pool)
+            indexed = meter.seconds
+            rankings = method.search(self.questions, depth)
         check(name, rankings, self.questions, depth, self.pool)
         storage.write_bytes(artifact.path(RANKING), to_parquet(results.rankings_table(rankings, self.questions)))
-        artifact.finish({"method": name, "depth": depth, "index_seconds": indexed - start, "search_seconds": searched - indexed})
+        taken = {"index_seconds": indexed, "search_seconds": meter.seconds - indexed, "peak_bytes": meter.peak_bytes}
+        artifact.finish({"method": name, "depth": depth, **taken, "operations": self._operations(name, method)})
         return rankings
+
+    def _operations(self, name: str, method: Method) -> float:
+        """Of one question's search, without the parts'; 0 for chance, the oracle and a fusion."""
+        if name not in INTRINSIC:
+            counted = getattr(method, "operations", None)
+            return 0.0 if counted is None else counted(self.questions) / len(self.questions)
+        backbone, settings, chunks = self.parts.backbone, self.parts.retriever.settings, len(self.pool)
+        if name == "maxsim":
+            return cost.initial(backbone, self.questions, chunks, settings.pooled_length)
+        read = cost.retrieval_pass(backbone, self.questions, settings, sum(self.pool.table["n_tokens"].to_pylist()) / chunks)
+        batch = self.parts.config.retriever.query_batch
+        # A mixture's normalisers take a scan of the pool of their own.
+        scans = (name == "intra") + (settings.scoring == "mixture")
+        context = settings.initial_context if name == "s0_reranked" else 0
+        return read + cost.scoring(backbone, settings, chunks, batch, scans) + cost.scoring(backbone, settings, context, batch)
 
 
 def _reader(parts: Parts, pool: Pool) -> Reader:
@@ -411,9 +442,9 @@ def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outc
     config, questions = searches.parts.config, searches.questions
     depth, size = metrics.depth(config.evaluate.k), config.retriever.answer_size
     outcome = Outcome(name, {key: ranking[:depth] for key, ranking in searches.ranking(name).items()})
-    seconds: dict[str, float | None] = {**searches.cost(name)}
+    seconds = searches.cost(name)
     if reader is None:
-        return outcome, seconds | {"answer_seconds": None, "answers_read": 0}
+        return outcome, seconds | dict.fromkeys(ANSWER_COSTS)
     artifact = lineage.answers(config, name, searches.marks)
     if artifact.complete():
         rows = pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(ANSWERS)))).to_pylist()
@@ -421,15 +452,18 @@ def _outcome(name: str, searches: Searches, reader: Reader | None) -> tuple[Outc
         for question_id, answer in outcome.answers.items():
             reader.remember(question_id, _top(outcome, question_id, size), answer)
     else:
-        start, before = time.perf_counter(), reader.read
         chosen = {question.question_id: _top(outcome, question.question_id, size) for question in questions}
-        outcome.answers = reader.answer(questions, chosen, f"{name}: answers")
+        before = reader.read
+        with cost.Meter() as meter:
+            outcome.answers = reader.answer(questions, chosen, f"{name}: answers")
         table = pa.table({"question_id": list(outcome.answers), "answer": list(outcome.answers.values())})
         storage.write_bytes(artifact.path(ANSWERS), to_parquet(table))
-        artifact.finish({"method": name, "answer_seconds": time.perf_counter() - start, "answers_read": reader.read - before})
+        read = reader.read - before
+        counted = reader.operations(questions, chosen, outcome.answers) if read else None
+        taken = {"answer_seconds": meter.seconds, "answers_read": read, "answer_peak_bytes": meter.peak_bytes, "answer_operations": counted}
+        artifact.finish({"method": name, **taken})
     facts = artifact.manifest()
-    # Before the number of answers was written down, a method's seconds told nothing of one.
-    return outcome, seconds | {key: facts.get(key) for key in ("answer_seconds", "answers_read")}
+    return outcome, seconds | {key: facts.get(key) for key in ANSWER_COSTS}
 
 
 def _top(outcome: Outcome, question_id: str, size: int) -> list[str]:

@@ -61,6 +61,11 @@ def test_the_ranking_of_a_plain_sentence_transformers_loop(
         found = rankings[question.question_id]
         assert [score for _, score in found] == pytest.approx(sorted(row.tolist(), reverse=True)[:20], abs=1e-6)
         assert [row[pool.row_of[chunk]] for chunk, _ in found] == pytest.approx([score for _, score in found], abs=1e-6)
+    made = method(tmp_path, settings(bert, pooling=pooling))
+    made.index(pool)
+    tokens = sum(len(model.tokenizer(question.question)["input_ids"]) for question in questions)
+    weights = 2 * (4 * 32 * 32 + 2 * 32 * 48)  # of two layers: attention, feed-forward; and the pooler's, which BERT has
+    assert made.operations(questions) == 2 * tokens * (weights + 32 * 32) + 2 * len(questions) * 60 * 32
 
 
 def test_no_ranking_depends_on_batch_size_shards_or_padding_side(bert: Path, pool: Pool, questions: list[Question], tmp_path: Path) -> None:

@@ -124,3 +124,16 @@ def test_best_orders_ties_by_id() -> None:
         k = int(generator.integers(1, 35))
         expected = sorted(zip(ids, scores.tolist(), strict=True), key=lambda item: (-item[1], item[0]))[:k]
         assert best(ids, scores, k) == expected
+
+
+def test_operations_are_two_a_posting() -> None:
+    from tests.baselines.conftest import make_pool
+
+    pool = make_pool([("", "red moon harbor"), ("", "red harbor"), ("", "the red red town"), ("", "silver river")])
+    asked = [
+        Question("q", "b", "test", "the red moon and the absent harbor", (), (), 1, ""),
+        Question("p", "b", "test", "river", (), (), 1, ""),
+    ]
+    for method in (BM25(), TfIdf()):
+        method.index(pool)
+        assert method.operations(asked) == 2 * (3 + 1 + 2 + 1)  # red, moon, harbor; river

@@ -103,6 +103,10 @@ def test_a_cross_encoder_reranks_as_the_library_does(cross: Path, pool: Pool, qu
         scores = library.predict([(question.question, text) for text in texts], activation_fn=torch.nn.Identity()).tolist()
         expected = sorted(zip(pool.chunk_ids, scores, strict=False), key=lambda pair: (-pair[1], pair[0]))[:12]
         assert [score for _, score in rankings[question.question_id]] == pytest.approx([score for _, score in expected], abs=1e-5)
+    pairs = [(question.question, text) for question, text in zip(questions, pool.title_and_text(), strict=False)]
+    tokens = sum(len(library.tokenizer(*pair)["input_ids"]) for pair in pairs)
+    depth = len(next(iter(first.values())))
+    assert method.operations(questions) == 2 * depth * tokens * models.linear(library.model)
 
 
 def test_qwen_pools_the_last_token_behind_its_instruction(qwen: Path, pool: Pool, questions: list[Question]) -> None:

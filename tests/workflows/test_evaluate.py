@@ -461,3 +461,25 @@ def test_results_are_judged_and_a_fall_ends_a_night_with_3(
     expected.write_text(expected.read_text().replace("questions_sha256: ", "questions_sha256: 0"))
     assert cli.main("", nightly.plan, nightly.run, judge) == 0
     assert "against the last nightly run: not judged, its values are of another dataset" in capsys.readouterr().out
+
+
+def test_what_every_method_takes(finished: tuple[Config, str]) -> None:
+    config, _ = finished
+    costs = {cost["method"]: cost for cost in storage.read_json(lineage.results(config).path("costs.json"))}
+    assert list(costs) == METHODS
+    for cost in costs.values():
+        assert cost["questions"] == 12
+        assert cost["index_seconds"] > 0
+        assert cost["search_seconds"] > 0
+        assert cost["peak_bytes"] > 50e6
+        assert cost["search_operations"] >= 0
+        assert (cost["answers_read"] == 0) == (cost["answer_operations"] is None)
+    assert costs["intra"]["answers_read"] == 12
+    assert costs["intra"]["answer_seconds"] > 0
+    operations = {name: cost["search_operations"] for name, cost in costs.items()}
+    # INTRA's hold those of its S_0; the oracle looks its chunks up.
+    assert operations["intra"] > operations["s0_reranked"] > operations["maxsim"] > operations["bm25"] > operations["oracle"] == 0
+    s_0 = storage.read_json(lineage.ranking(config, "maxsim").path("manifest.json"))
+    own = storage.read_json(lineage.ranking(config, "intra").path("manifest.json"))
+    assert costs["intra"]["search_seconds"] == pytest.approx(own["search_seconds"] + s_0["search_seconds"])
+    assert operations["intra"] == pytest.approx(own["operations"] + s_0["operations"])
