@@ -24,7 +24,9 @@ class FileConfig(Section):
     format: Literal["clara", "hotpotqa", "hotpotqa_fullwiki", "2wikimultihopqa", "musique", "dpr", "nq_open", "beir",
                     "psgs", "parquet", "passages"]  # fmt: skip
     path: str = Field(min_length=1, description="below data.path, or absolute, or s3://; of passages also a glob; of beir a folder")
-    benchmark: str | None = Field(None, min_length=1, description="what the questions belong to (formats with questions)")
+    benchmark: str | None = Field(
+        None, min_length=1, description="what the questions belong to (formats with questions; of beir, those that do not say)"
+    )
     split: Literal["train", "test"] | None = Field(None, description="their role in this run; of beir also the name of the qrels")
     repo: str | None = Field(None, description="data set of the Hugging Face hub to fetch `path` from, into data.path")
     revision: str | None = Field(None, description="the commit of `repo`, all 40 digits")
