@@ -10,8 +10,8 @@ What each sums for layer l, head h and its key-value head g, over retrieval toke
                                                      vector, layer and key-value head (`scalars`), kept beside the vectors; exact
     paper        sum_r max_p  nu_p (q~_r . h_p)      nu_p = rsqrt(mean(h_p^2) + eps): App. A.2, where the norm stands before the projection.
                                                      Not the score of a stock T5Gemma 2: a model must have been trained to it
-    int8         sum_r max_p  of head_space in integers (`torch._int_mm`): one scale for a chunk's vectors, which therefore commutes with
-                                                     the maximum, one for a question's head; approximate
+    int8         sum_r max_p  of head_space in integers (`torch._int_mm`), keys and their projections both: one scale for a chunk's vectors,
+                                                     which therefore commutes with the maximum, one for a question's head; approximate
 
 These serve `per_head` and `mixture`; `mixed` mixes layers before its one MaxSim and has only its own form (`scoring.scorer`).
 
@@ -139,6 +139,7 @@ class LayerScorer:
         self.questions, self.layers, _, self.tokens, _ = queries.shape
         self.components = self.layers if kind == "mixture" else 1
         self._work: Tensor | None = None
+        self._integers = Integers(keys) if form == "int8" else None
         factors = weights.detach().float().to(queries.device) * (keys.scaling / temperature)
         self._heads = [made for layer in range(self.layers) for made in self._of_layer(queries[:, layer], layer, factors[layer], kept)]
 
@@ -179,6 +180,23 @@ class LayerScorer:
             self._add(total[:, rows], pooled[rows], None if scalars is None else scalars[:, :, rows])
         return total[:, :count].permute(2, 0, 1)
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def products(self, pooled: Tensor) -> None:
+        """The matrix products of a call in head space and nothing else, in the same blocks: what a benchmark holds against it."""
+        for part in pooled.split(len(pooled) if pooled.is_cuda else PART):
+            count, length = part.shape[:2]
+            flat = part.reshape(count * length, -1).to(self.keys.projections.dtype)
+            made = -1
+            for head in self._heads:
+                if head.layer != made:
+                    projected, made = flat @ self.keys.projections[head.layer].T, head.layer
+                rows = projected.unflatten(-1, (self.keys.groups, -1))[:, head.group]
+                for panel, _ in head.panels:
+                    step = _step(length, panel.shape[1], count, pooled.is_cuda) * length
+                    product, _ = self._buffers(step // length, length, panel.shape[1], rows.dtype, rows.device)
+                    for mine in rows.split(step):
+                        torch.mm(mine, panel, out=product[: len(mine)])
+
     def _add(self, total: Tensor, pooled: Tensor, scalars: Tensor | None) -> None:
         count, length = pooled.shape[:2]
         dtype = self.keys.projections.dtype
@@ -188,12 +206,14 @@ class LayerScorer:
         keys, scale = flat, None
         for head in self._heads:
             fresh, made = head.layer != made, head.layer
-            if self.form in ("head_space", "int8"):
+            if self._integers is not None:
+                if fresh:
+                    values, steps = quantized(self._integers.normed(flat, head.layer), length)
+                keys, scale = values[head.group], steps[head.group]
+            elif self.form == "head_space":
                 if fresh:
                     projected = self.keys.normed(flat, head.layer)
                 keys = projected[:, head.group]
-                if self.form == "int8":
-                    keys, scale = quantized(keys, length)
             elif self.form == "reverse":
                 if fresh:
                     factors = self.keys.rho(flat, head.layer) if scalars is None else scalars[head.layer]
@@ -271,11 +291,36 @@ def _step(length: int, width: int, count: int, cuda: bool) -> int:
     return min(PART, int(2 ** max(0, (PRODUCT // (length * width)).bit_length() - 1)))
 
 
+class Integers:
+    """`Keys.normed` by integer products: one scale for a vector, which the norm takes out again, one for a row of a projection.
+
+    Where a few channels of the vectors are far larger than the rest the others are rounded coarsely; a search checks its recall.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self._scales = keys.projections.float().abs().amax(dim=2).clamp(min=_TINY) / INT8  # [L, G * e]
+        self._columns = [
+            (each.float() / scales[:, None]).round().to(torch.int8).T for each, scales in zip(keys.projections, self._scales, strict=True)
+        ]
+
+    def normed(self, flat: Tensor, layer: int) -> Tensor:
+        """[n, d] -> [n, G, e] float32."""
+        scales = flat.float().abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / INT8
+        keys = torch._int_mm((flat / scales).round_().to(torch.int8), self._columns[layer]).float().mul_(self._scales[layer])
+        if self.keys.biases is not None:
+            keys += self.keys.biases[layer] / scales
+        keys = keys.unflatten(-1, (self.keys.groups, -1))
+        means = torch.linalg.vector_norm(keys, dim=-1).square_() / keys.shape[-1]
+        return keys.mul_(torch.rsqrt(means + self.keys.eps / scales.square())[..., None])
+
+
 def quantized(keys: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys [n * P, e] in integers, with one scale for the P vectors of a chunk: (int8 [n * P, e], float32 [n])."""
-    chunks = keys.reshape(-1, length * keys.shape[-1]).float()
-    scale = torch.maximum(chunks.amax(dim=1), -chunks.amin(dim=1)).clamp(min=_TINY) / INT8
-    return (chunks / scale[:, None]).round_().to(torch.int8).view(keys.shape), scale
+    """Keys [n * P, G, e] in integers, one scale for the P vectors of a chunk: (int8 [G, n * P, e], float32 [G, n])."""
+    chunks = keys.unflatten(0, (-1, length)).float()
+    scale = torch.maximum(chunks.amax(dim=(1, 3)), -chunks.amin(dim=(1, 3))).clamp(min=_TINY) / INT8  # [n, G]
+    values = (chunks / scale[:, None, :, None]).round_().to(torch.int8)
+    return values.permute(2, 0, 1, 3).contiguous().flatten(1, 2), scale.T
 
 
 def refuse(form: str, kind: str) -> None:

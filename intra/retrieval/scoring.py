@@ -99,11 +99,11 @@ def per_head(queries: Tensor, pooled: Tensor, backbone: Backbone) -> Tensor:
     for layer in range(queries.shape[1]):
         with torch.no_grad():
             keys = backbone.keys(pooled.to(queries.dtype), layer).detach()
-        layers.append(_layer(queries[:, layer], keys))
+        layers.append(layer_scores(queries[:, layer], keys))
     return torch.stack(layers, dim=1) * backbone.scaling
 
 
-def _layer(queries: Tensor, keys: Tensor) -> Tensor:
+def layer_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """queries [B, H, R, e], keys [N, P, G, e] -> [B, H, N]; query head h reads key head h // (H / G)."""
     n_questions, heads, tokens, width = queries.shape
     shared = heads // keys.shape[2]

@@ -74,14 +74,14 @@ def test_integers_come_close(kind: str, keys: Keys, store: MemoryStore, queries:
     assert 0 < (found - exact).abs().max() < 0.1 * exact.std()
 
 
-def test_one_scale_a_chunk_commutes_with_the_maximum(keys: Keys) -> None:
-    """Integers against integers: what is lost is lost in rounding, nothing in the maximum."""
+def test_one_scale_a_chunk_and_head() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(4 * 3, 8, generator=generator) * torch.tensor([1e-3, 1.0, 50.0, 0.0]).repeat_interleave(3)[:, None]
-    values, scale = scorers.quantized(vectors, 3)
-    assert values.abs().max() == 127
-    assert values.view(4, -1).abs().amax(dim=1).tolist() == [127, 127, 127, 0]
-    torch.testing.assert_close(values.float() * scale.repeat_interleave(3)[:, None], vectors, rtol=0, atol=float(scale.max()) / 2)
+    values, scale = scorers.quantized(torch.stack([vectors, 2 * vectors], dim=1), 3)
+    assert values.shape == (2, 12, 8)
+    assert torch.equal(scale[1, :3], 2 * scale[0, :3])
+    assert values[0].view(4, -1).abs().amax(dim=1).tolist() == [127, 127, 127, 0]
+    torch.testing.assert_close(values[0].float() * scale[0].repeat_interleave(3)[:, None], vectors, rtol=0, atol=float(scale[0].max()) / 2)
 
 
 @each_kind
