@@ -83,7 +83,7 @@ def hotpotqa(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:
             files.index(sentence, size, f"supporting_facts ({title})", where)
             gold.append(passage.passage_id)
         elif entry.format == "hotpotqa_fullwiki":
-            files.index(sentence, 1 << 30, f"supporting_facts ({title})", where)
+            files.index(sentence, None, f"supporting_facts ({title})", where)
             gold.append(TITLE + title)
         else:
             raise UserError(f"{where}: 'supporting_facts' names '{title}', which is not in 'context'; mend it, or, for a fullwiki file, "

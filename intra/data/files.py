@@ -340,12 +340,13 @@ def listed(record: Record, key: str, where: str, meaning: str) -> list[Any]:
     return values
 
 
-def index(value: object, size: int, key: str, where: str) -> int:
-    """`value` as an index into a list of `size` elements, counted from 0."""
+def index(value: object, size: int | None, key: str, where: str) -> int:
+    """`value` as an index into a list of `size` elements (null: of unknown length), counted from 0."""
     if type(value) is not int:
         raise UserError(f"{where}: '{key}' must hold whole numbers, found {repr(value)[:80]}")
-    if not 0 <= value < size:
-        raise UserError(f"{where}: '{key}' holds the index {value}, out of range: there are {size}, counted from 0; mend or remove it")
+    if value < 0 or (size is not None and value >= size):
+        range_ = "they are counted from 0" if size is None else f"there are {size}, counted from 0"
+        raise UserError(f"{where}: '{key}' holds the index {value}, out of range: {range_}; mend or remove it")
     return value
 
 

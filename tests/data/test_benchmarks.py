@@ -251,7 +251,7 @@ FIELDS: list[tuple[str, str, object, str]] = [
     ("hotpotqa", "context.0.1", [" "], "'context': the paragraph 'Lake Orla' is empty"),
     ("hotpotqa", "context", {"title": ["Brenn"]}, "'context': 'sentences' is missing; found the fields title"),
     ("hotpotqa", "supporting_facts", {"title": ["Brenn"], "sent_id": [0, 1]}, "'supporting_facts' holds 1 of 'title', 2 of 'sent_id'"),
-    ("hotpotqa_fullwiki", "supporting_facts.0", ["Elsewhere", -1], "'supporting_facts (Elsewhere)' holds the index -1, out of range"),
+    ("hotpotqa_fullwiki", "supporting_facts.0", ["Elsewhere", -1], "'supporting_facts (Elsewhere)' holds the index -1, out of range: they"),
     ("2wikimultihopqa", "evidences", ..., "'evidences' is missing"),
     ("2wikimultihopqa", "evidences", [], "'evidences' is empty"),
     ("2wikimultihopqa", "evidences.0", ["a", "b"], "'evidences' must hold triples of strings"),
