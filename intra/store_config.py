@@ -12,7 +12,7 @@ from intra.section import Section
 class ForecastConfig(Section):
     """What `encode.py --dry-run` reckons with."""
 
-    tflops: float = Field(790.0, gt=0, description="of one device: an H100's bfloat16")
+    tflops: float | None = Field(None, gt=0, description="of one worker; null: an H100's bfloat16 (790) with a GPU, else 0.1 a thread")
     utilisation: float = Field(0.6, gt=0, le=1, description="share of it that encoding reaches")
     chunks: int | None = Field(None, ge=1, description="of the pool, where the dataset is not made yet")
     tokens: int | None = Field(None, ge=1, description="of the pool, where the dataset is not made yet")

@@ -15,10 +15,13 @@ from intra.backbone import locate
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.store.format import ITEM_BYTES, pooled_bytes, token_bytes
+from intra.store_config import StoreConfig
 
 # Beside the two tensors of a shard: their headers, and a commit; by chunk its numbers in the commit and its line in the index.
 SHARD_BYTES, CHUNK_BYTES = 900, 66
 PROCESS = 700 * 1024**2  # of a worker before it holds anything: Python, torch, transformers, Ray
+
+GPU_TFLOPS, THREAD_TFLOPS = 790.0, 0.1  # an H100's bfloat16; a core's float32
 
 # The published sizes, for a plan where the files are not at hand: layers, d, FFN, query heads, KV heads, head_dim, parameters (text only).
 PUBLISHED = {
@@ -101,9 +104,14 @@ def forecast(config: Config, chunks: int, tokens: int) -> Forecast:
     on_gpu = store.gpus_per_worker > 0
     # Two shards are under way, one being encoded and one being written, each as tensors and the latter as the bytes of its file too.
     memory = PROCESS + 3 * shard + 0.3 * pooled / max(1, shards) + weights + (0 if on_gpu else batch)
-    seconds = flops / (store.forecast.tflops * 1e12 * store.forecast.utilisation)
+    seconds = flops / (tflops(store) * 1e12 * store.forecast.utilisation)
     total, device = int(states + pooled + extra), int(weights + batch) if on_gpu else 0
     return Forecast(chunks, tokens, shards, states, pooled, total, flops, seconds, int(memory), device)
+
+
+def tflops(store: StoreConfig) -> float:
+    """What a worker's device can do at most."""
+    return store.forecast.tflops or (GPU_TFLOPS if store.gpus_per_worker else THREAD_TFLOPS * store.threads)
 
 
 def lines(config: Config, found: Forecast) -> list[str]:
@@ -114,7 +122,7 @@ def lines(config: Config, found: Forecast) -> list[str]:
     return [
         f"  {found.chunks:,} chunks, {found.tokens:,} tokens in {found.shards:,} shards of {store.shard_chunks:,} chunks",
         f"  {size(found.states)} of states ({store.dtype}), {size(found.pooled)} of pooled vectors, {size(found.total)} in all",
-        f"  {found.flops:.3g} FLOP: {work:.2g} {unit} at {store.forecast.utilisation:.0%} of {store.forecast.tflops:g} TFLOP/s, "
+        f"  {found.flops:.3g} FLOP: {work:.2g} {unit} at {store.forecast.utilisation:.0%} of {tflops(store):g} TFLOP/s, "
         f"{hours(found.seconds / store.workers)} with {store.workers} workers, which then write {size(bandwidth)}/s together",
         f"  memory: {size(found.memory)} a worker" + (f", {size(found.device)} of its GPU" if found.device else ""),
     ]
