@@ -182,6 +182,17 @@ class RetrieverTrainConfig(Section):
         return self
 
 
+class SearchBenchmarkConfig(Section):
+    """Sizes of `workflows/benchmark.py search`."""
+
+    questions: int = Field(64, ge=1, description="in a batch, as far as there are so many")
+    checked: int = Field(1000, ge=1, description="test questions on which rankings are compared")
+    chunks: int = Field(2048, ge=1, description="of the pool, on which scorers are compared")
+    pools: list[int] = Field([], description="sizes of pools made of the pool's vectors again and again, such as [75900, 759000]")
+    repeats: int = Field(3, ge=1, description="of which the shortest counts")
+    latency_questions: int = Field(100, ge=1)
+
+
 class SearchConfig(Section):
     """How s_i of the whole pool is computed (intra/retrieval/intrinsic.py)."""
 
@@ -195,6 +206,7 @@ class SearchConfig(Section):
     parts: int | None = Field(None, ge=1, description="ranges of the pool that the workers share; null: as many as workers")
     threads: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0)
+    benchmark: SearchBenchmarkConfig = SearchBenchmarkConfig()
 
 
 class RetrieverConfig(Section):

@@ -162,6 +162,11 @@ def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterato
             yield run
 
 
+def current() -> Run | None:
+    """The run that is open."""
+    return _current.get()
+
+
 def attach(uri: str, run_id: str) -> Run:
     """The run `run_id` of another process, to log to; the process that opened it ends it."""
     client = _client(uri)

@@ -3,8 +3,10 @@
     python workflows/benchmark.py encode --config configs/quickstart.yaml [section.key=value ...] [--dry-run]
 
 `encode` times the encoding of chunks (intra/store/benchmark.py); `int8` compares rankings and answers from int8 states with those from the
-store's own (intra/precision.py; needs dataset, store and retriever). Prints a table and writes the records {name, value, unit} to
-<root>/benchmark/<name>.json, whose path is the last line; the same goes to MLflow. Wall times: run it on a quiet machine.
+store's own (intra/precision.py; needs dataset, store and retriever); `search` times the scorers of the whole pool beside their peers, what
+they keep of the exact ranking, and a question end to end (intra/retrieval/benchmark.py; needs the same). Prints a table and writes the
+records {name, value, unit} to <root>/benchmark/<name>.json, whose path is the last line; the same goes to MLflow. Wall times: run it on a
+quiet machine.
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ def _int8(config: Config) -> list[Record]:
     return precision.run(config)
 
 
-BENCHMARKS: Mapping[str, Callable[[Config], list[Record]]] = {"encode": _encode, "int8": _int8}
+def _search(config: Config) -> list[Record]:
+    from intra.retrieval import benchmark
+
+    return benchmark.run(config)
+
+
+BENCHMARKS: Mapping[str, Callable[[Config], list[Record]]] = {"encode": _encode, "int8": _int8, "search": _search}
 
 
 def place(config: Config, name: str) -> str:

@@ -14,6 +14,7 @@ Names of `compare`:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -132,15 +133,14 @@ def _sentence_transformers(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _maxsim_cpu(queries: Tensor, keys: Tensor) -> Tensor:
-    import maxsim_cpu
-
+    scores = importlib.import_module("maxsim_cpu").maxsim_scores
     found = torch.empty(*queries.shape[:2], len(keys))
     shared = queries.shape[1] // keys.shape[2]
     for group in range(keys.shape[2]):
         documents = keys[:, :, group].contiguous().numpy()
         for question in range(len(queries)):
             for head in range(group * shared, (group + 1) * shared):
-                found[question, head] = torch.from_numpy(maxsim_cpu.maxsim_scores(queries[question, head].contiguous().numpy(), documents))
+                found[question, head] = torch.from_numpy(scores(queries[question, head].contiguous().numpy(), documents))
     return found
 
 

@@ -55,7 +55,7 @@ class Passes:
         settings = search or SearchConfig()
         keys = Keys.of(backbone)
         pool = _fleet(store, keys, settings, tile_chunks, str(backbone.device)) if settings.workers else None
-        self._searcher = Searcher(pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory), settings, backbone.device)
+        self.searcher = Searcher(pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory), settings, backbone.device)
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}
@@ -82,8 +82,8 @@ class Passes:
         """The k best chunks of the whole pool by s_i (Eq. 4), by question id: raw scores."""
         todo = _lacking(self._intrinsic, questions, min(k, len(self.store)))
         with torch.no_grad():
-            for batch, queries in self._retrieval_pass(todo, "s_i over the pool"):
-                found = self._searcher.find(Ask.of(self.retriever, queries, self.backbone), k)
+            for batch, queries in self.retrieval_pass(todo, "s_i over the pool"):
+                found = self.searcher.find(Ask.of(self.retriever, queries, self.backbone), k)
                 self._remember(batch, found.normalisers)
                 self._intrinsic.update(zip((question.question_id for question in batch), found.pairs, strict=True))
         return {question.question_id: self._intrinsic[question.question_id] for question in questions}
@@ -96,7 +96,7 @@ class Passes:
         todo = _lacking(self._context, questions, min(n_0, len(self.store)))
         rows_of = {key: sorted(row for row, _ in scored[:n_0]) for key, scored in self.initial(todo, n_0).items()}
         with torch.no_grad():
-            for batch, queries in self._retrieval_pass(todo, "s_i of S_0"):
+            for batch, queries in self.retrieval_pass(todo, "s_i of S_0"):
                 rows = [rows_of[question.question_id] for question in batch]
                 scores = self._scores(batch, Ask.of(self.retriever, queries, self.backbone), rows)
                 for question, mine, each in zip(batch, rows, scores, strict=True):
@@ -106,11 +106,11 @@ class Passes:
 
     def _scores(self, batch: Sequence[Question], ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """s_i of rows of each question's own: [n_b]. A mixture's normalisers are taken over the whole pool, once for a question."""
-        z = self._searcher.components(ask, rows)
+        z = self.searcher.components(ask, rows)
         if ask.kind != "mixture":
             return [each[0] for each in z]
         if any(question.question_id not in self._normalisers for question in batch):
-            self._remember(batch, self._searcher.normalisers(ask))
+            self._remember(batch, self.searcher.normalisers(ask))
         sums = [self._normalisers[question.question_id] for question in batch]
         return [scoring.log_mixture(each[None], mine[None])[0].float() for each, mine in zip(z, sums, strict=True)]
 
@@ -118,7 +118,7 @@ class Passes:
         if normalisers is not None:
             self._normalisers.update((question.question_id, mine) for question, mine in zip(batch, normalisers.cpu(), strict=True))
 
-    def _retrieval_pass(self, questions: Sequence[Question], what: str) -> Iterator[tuple[list[Question], Tensor]]:
+    def retrieval_pass(self, questions: Sequence[Question], what: str) -> Iterator[tuple[list[Question], Tensor]]:
         """Batches of questions with their queries [B, L, H, R, e]."""
         n_0 = self.retriever.settings.initial_context
         first_chunks = self.initial(questions, n_0) if n_0 else {question.question_id: [] for question in questions}

@@ -1,0 +1,398 @@
+"""What the search of the whole pool costs, as ratios taken in one run, on the run's own questions, retriever and pooled vectors.
+
+Reads dataset, store and retriever of the configuration. Records (times of one torch thread are processor times, see `peers.seconds`):
+
+    pool_*       scoring of `chunks` of the pool's chunks by a batch of `questions`, beside its peers (`peers.compare`)
+    shape_*      the same at the sizes of one layer of T5Gemma 2 4B (random vectors: times and rounding do not depend on them)
+    batch_B_*    a question's share in a batch of B
+    search_*     searches of the whole pool: agreement of the exact forms on `checked` questions, recall and cost of the approximate ones
+    ivf_*        candidates from a faiss IVF index over the pooled vectors by `mixed` queries, instead of a scan
+    rows_N_*     pools of N chunks (the pool's vectors again and again, streamed from a file): time and memory
+    latency_*    one question at a time, end to end
+
+and figures of them, in <root>/benchmark/search/ and MLflow.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import io
+import itertools
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from intra import lineage, storage, tracking
+from intra.config import Config
+from intra.data.schema import Question, read_questions
+from intra.errors import UserError
+from intra.retrieval import intrinsic, peers, scoring, search
+from intra.retrieval.pools import Ask, Form, Local
+from intra.retrieval.scorers import Keys
+from intra.retrieval.vectorfile import VectorFile
+
+if TYPE_CHECKING:
+    from intra.store.reader import ChunkStore
+
+TOP = 20
+LAYER_4B = {"d": 2560, "heads": 8, "groups": 4, "e": 256, "tokens": 64}
+LAYER_CHUNKS = 256
+BATCHES = (1, 2, 4, 16, 64)
+CANDIDATES = (25, 50, 100, 200, 400)
+PROBES = (4, 16, 64)
+Records = dict[str, tuple[float, str]]  # name -> value, unit
+
+
+class Bench:
+    """What all parts of the benchmark read."""
+
+    def __init__(self, config: Config) -> None:
+        from intra.backbone import model
+        from intra.retrieval.retriever import Retriever
+        from intra.store.reader import ChunkStore
+
+        self.config, self.settings = config, config.retriever.search.benchmark
+        self.questions = read_questions(lineage.dataset(config).url, "test")
+        if not self.questions:
+            raise UserError("benchmark search: the dataset has no test question; take another data.test_split")
+        settings = config.backbone
+        self.retriever = Retriever.from_pretrained(lineage.retriever(config).url)
+        if self.retriever.settings.scoring == "mixed":
+            raise UserError("benchmark search: retriever.scoring=mixed has one form, there is nothing to compare; take per_head or mixture")
+        self.backbone = model.load(lineage.backbone(config).url, dtype=settings.dtype, device=settings.device, prompt=settings.prompt)
+        self.store: ChunkStore = ChunkStore(lineage.store(config).url)
+        self.keys = Keys.of(self.backbone)
+        self.passes = search.Passes(
+            self.backbone, self.store, self.retriever, query_batch=self.settings.questions, tile_chunks=config.retriever.tile_chunks,
+            search=config.retriever.search,
+        )  # fmt: skip
+        self.records: Records = {}
+
+    @functools.cached_property
+    def asks(self) -> list[Ask]:
+        """The first `checked` test questions, in batches of `questions`."""
+        chosen = self.questions[: self.settings.checked]
+        batches = self.passes.retrieval_pass(chosen, "queries")
+        with torch.no_grad():
+            return [Ask.of(self.retriever, queries, self.backbone) for _, queries in batches]
+
+    def local(self, source: Any = None, in_memory: bool = False) -> Local:
+        source = source if source is not None else self.store
+        return Local(source, self.keys, self.config.retriever.tile_chunks, self.backbone.device, in_memory)
+
+    def add(self, name: str, value: float, unit: str) -> None:
+        self.records[name] = (float(value), unit)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.retriever.search.threads)
+    try:
+        bench = Bench(config)
+        parts = [_pool, _shape, _batches, _searches, _ivf, _sizes, _latency]
+        for part in tqdm(parts, desc="benchmark", unit="part", disable=None):
+            part(bench)
+        _publish(bench)
+    finally:
+        torch.set_num_threads(before)
+    return [{"name": name, "value": value, "unit": unit} for name, (value, unit) in bench.records.items()]
+
+
+def _compared(bench: Bench, prefix: str, times: peers.Times, errors: peers.Errors) -> None:
+    for name, error in errors.items():
+        bench.add(f"{prefix}_{name}_error", error, "of the spread")
+    for name, taken in times.items():
+        bench.add(f"{prefix}_{name}", taken, "s")
+    exact = times["exact"]
+    bench.add(f"{prefix}_exact_share_of_gemm", times["gemm"] / exact, "share")
+    for name in ("int8", "linear"):
+        if name in times:
+            bench.add(f"{prefix}_exact_to_{name}", exact / times[name], "ratio")
+    for name in ("reverse", "chunked", "naive", "naive_hidden", "sentence_transformers", "maxsim_cpu", "faiss_flat"):
+        if name in times:
+            bench.add(f"{prefix}_{name}_to_exact", times[name] / exact, "ratio")
+
+
+def _pool(bench: Bench) -> None:
+    pooled = next(iter(bench.store.tiles(min(bench.settings.chunks, len(bench.store)))))[1].to(bench.backbone.device)
+    times, errors = peers.compare(bench.asks[0], bench.keys, pooled.to(bench.keys.projections.dtype), bench.settings.repeats)
+    _compared(bench, "pool", times, errors)
+
+
+def _shape(bench: Bench) -> None:
+    size, generator = LAYER_4B, torch.Generator().manual_seed(bench.config.seed)
+    device, dtype = bench.backbone.device, bench.keys.projections.dtype
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    projections = random(1, size["groups"] * size["e"], size["d"]) / size["d"] ** 0.5
+    keys = Keys(projections, None, torch.ones(1, size["e"], device=device), 1e-6, size["groups"], size["e"] ** -0.5)
+    queries = random(bench.settings.questions, 1, size["heads"], size["tokens"], size["e"])
+    ask = Ask("per_head", queries, torch.ones(1, size["heads"], device=device), 1.0)
+    pooled = random(min(LAYER_CHUNKS, bench.settings.chunks), 7, size["d"])
+    names = ["exact", "gemm", "reverse", "chunked", "naive", "naive_hidden", "sentence_transformers"]
+    times, errors = peers.compare(ask, keys, pooled, bench.settings.repeats, names if pooled.is_cuda else [*names, "int8"])
+    _compared(bench, "shape", times, errors)
+
+
+def _batches(bench: Bench) -> None:
+    pooled = next(iter(bench.store.tiles(min(bench.settings.chunks, len(bench.store)))))[1]
+    pooled = pooled.to(bench.backbone.device, bench.keys.projections.dtype)
+    ask = bench.asks[0]
+    forms = ["exact", "reverse", "int8", "linear"] if not pooled.is_cuda else ["exact", "reverse", "linear"]
+    for size in [batch for batch in BATCHES if batch <= len(ask)]:
+        part = replace(ask, queries=ask.queries[:size].contiguous())
+        times, _ = peers.compare(part, bench.keys, pooled, bench.settings.repeats, forms)
+        for name, taken in times.items():
+            bench.add(f"batch_{size}_{name}", taken / size / len(pooled) * 1e6, "us a question and chunk")
+
+
+def _best(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
+    """The shortest time, and what the last run gave."""
+    times, found = [], None
+    for _ in range(repeats):
+        begun = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        found = work()
+        times.append((time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()) - begun)
+    return min(times), found
+
+
+def _rows(found: Any, k: int) -> list[list[tuple[int, float]]]:
+    return [each[:k] for each in found.pairs]
+
+
+def _searches(bench: Bench) -> None:
+    pool, memory = bench.local(), bench.local(in_memory=True)
+    truth, same, count = [], 0, 0
+    for number, ask in enumerate(bench.asks):
+        taken, exact = _best(1, functools.partial(intrinsic.exact, pool, ask, TOP, Form("head_space")))
+        other = intrinsic.exact(memory, ask, TOP, Form("reverse"))
+        same += sum({row for row, _ in one} == {row for row, _ in two} for one, two in zip(exact.pairs, other.pairs, strict=True))
+        count += len(ask)
+        truth.append(exact)
+        if number == 0:
+            first = taken
+    bench.add("search_questions", count, "")
+    bench.add("search_chunks", len(bench.store), "")
+    bench.add("search_exact", first / len(bench.asks[0]), "s a question")
+    bench.add("search_same_top_20", same / count, "of the questions, head_space and reverse")
+    scans = [("cascade", Form("linear"))] + ([] if bench.backbone.device.type == "cuda" else [("int8", Form("int8"))])
+    for name, form in scans:
+        for candidates in CANDIDATES if name == "cascade" else (100,):
+            times, kept = [], {5: 0.0, TOP: 0.0}
+            for ask, exact in zip(bench.asks, truth, strict=True):
+                taken, found = _best(1, functools.partial(intrinsic.approximate, pool, ask, TOP, form, candidates))
+                times.append(taken / len(ask))
+                for k in kept:
+                    kept[k] += len(ask) * intrinsic.recall(_rows(exact, k), _rows(found, k)) / count
+            label = f"search_{name}_{candidates}"
+            for k, value in kept.items():
+                bench.add(f"{label}_recall_{k}", value, "of the exact top")
+            bench.add(label, min(times), "s a question")
+    # Time against time: both once more, in turn, on the first batch.
+    for label, form, candidates in [("cascade_200", Form("linear"), 200), ("int8_100", Form("int8"), 100)][: len(scans)]:
+        ours = theirs = float("inf")
+        for _ in range(bench.settings.repeats):
+            ours = min(ours, _best(1, functools.partial(intrinsic.approximate, pool, bench.asks[0], TOP, form, candidates))[0])
+            theirs = min(theirs, _best(1, functools.partial(intrinsic.exact, pool, bench.asks[0], TOP, Form("head_space")))[0])
+        bench.add(f"search_exact_to_{label}", theirs / ours, "ratio")
+
+
+def _ivf(bench: Bench) -> None:
+    """The mixed queries of `scoring.mixed` against unit vectors: what one inner-product index can hold."""
+    if not importlib.util.find_spec("faiss"):
+        return
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    ask, length = bench.asks[0], bench.store.pooled_length
+    flat = torch.cat([scoring.unit(tile).flatten(0, 1) for _, tile in bench.store.tiles(4096)])
+    lists = max(1, min(int(4 * len(flat) ** 0.5), len(flat) // 39))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(flat.shape[1]), flat.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    index.train(flat[:: max(1, len(flat) // (64 * lists))].contiguous().numpy())
+    index.add(flat.numpy())
+    vectors = scoring.mixed(ask.queries, bench.backbone, ask.weights).sum(dim=1).cpu().contiguous().numpy()  # tokens summed: R times fewer
+    exact = intrinsic.exact(bench.local(), ask, TOP)
+    for probes in [number for number in PROBES if number <= lists]:
+        index.nprobe = probes
+        taken, (_, places) = _best(bench.settings.repeats, functools.partial(index.search, vectors, 200 * length))
+        rows = [list(dict.fromkeys(place // length for place in each if place >= 0))[:200] for each in places.tolist()]
+        kept = sum(len({row for row, _ in one} & set(two)) for one, two in zip(exact.pairs, rows, strict=True))
+        bench.add(f"ivf_{probes}_recall_20", kept / sum(len(each) for each in exact.pairs), "of the exact top, in 200 candidates")
+        bench.add(f"ivf_{probes}_candidates", taken / len(ask), "s a question")
+
+
+class _Memory:
+    """The most resident memory of this process while it is open, in bytes, looked at every 20 ms."""
+
+    def __enter__(self) -> _Memory:
+        gc.collect()
+        self.most, self._done = 0, threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        page, done = os.sysconf("SC_PAGE_SIZE"), False
+        while not done:
+            done = self._done.wait(0.02)
+            self.most = max(self.most, page * int(Path("/proc/self/statm").read_text().split()[1]))
+
+
+def repeated(store: ChunkStore, rows: int) -> Iterator[Tensor]:
+    """The store's pooled vectors again and again, `rows` in all."""
+    left = rows
+    while left > 0:
+        for _, tile in store.tiles(min(4096, len(store))):
+            yield tile[:left]
+            left -= len(tile)
+            if left <= 0:
+                return
+
+
+def _sizes(bench: Bench) -> None:
+    """Per head, one pass over the pool: a mixture takes two."""
+    first = replace(bench.asks[0], kind="per_head")
+    for rows in sorted(bench.settings.pools):
+        with tempfile.TemporaryDirectory() as folder:
+            pool = bench.local(VectorFile.write(str(Path(folder) / "pooled"), repeated(bench.store, rows)))
+            for name, work in {
+                "exact": functools.partial(intrinsic.exact, pool, first, TOP),
+                "cascade": functools.partial(intrinsic.approximate, pool, first, TOP, Form("linear"), 200),
+            }.items():
+                begun = time.perf_counter()
+                with _Memory() as memory:
+                    taken, _ = _best(1, work)
+                bench.add(f"rows_{rows}_{name}", taken / len(first), "s a question")
+                bench.add(f"rows_{rows}_{name}_wall", time.perf_counter() - begun, f"s for {len(first)} questions")
+                bench.add(f"rows_{rows}_{name}_memory", memory.most / 2**30, "GiB at most")
+
+
+STAGES = ("S_0", "retrieval pass", "search", "answer")
+
+
+def _latency(bench: Bench) -> None:
+    """One question after the other, nothing shared but what is loaded. The first two are not counted."""
+    taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    settings = bench.config.retriever
+    passes = search.Passes(bench.backbone, bench.store, bench.retriever, tile_chunks=settings.tile_chunks, search=settings.search)
+    for number, question in enumerate(bench.questions[: bench.settings.latency_questions + 2]):
+        times = _answered(bench, passes, question)
+        for stage, seconds in zip(STAGES, times, strict=True):
+            if number >= 2 or len(bench.questions) <= 2:
+                taken[stage].append(seconds)
+    totals = [sum(each) for each in zip(*taken.values(), strict=True)]
+    for stage, values in {**taken, "total": totals}.items():
+        name = stage.replace(" ", "_")
+        bench.add(f"latency_{name}_median", statistics.median(values), "s")
+        bench.add(f"latency_{name}_p99", sorted(values)[min(len(values) - 1, int(0.99 * len(values)))], "s")
+
+
+def _answered(bench: Bench, passes: search.Passes, question: Question) -> list[float]:
+    settings, clock = bench.config.retriever, time.perf_counter
+    marks = [clock()]
+    first = passes.initial([question], settings.answer_size)[question.question_id]
+    marks.append(clock())
+    ((_, queries),) = list(passes.retrieval_pass([question], "queries"))
+    marks.append(clock())
+    with torch.no_grad():
+        found = passes.searcher.find(Ask.of(bench.retriever, queries, bench.backbone), settings.answer_size).pairs[0]
+    marks.append(clock())
+    rows = search.compose([row for row, _ in found], [row for row, _ in first], settings.answer_size, settings.answer_initial)
+    memory = search.read_context(bench.backbone, bench.store, [rows[: settings.answer_size]], settings.answer_size)
+    bench.backbone.answer(bench.backbone.prompt_ids([question.question]), memory, bench.config.backbone.answer_tokens)
+    marks.append(clock())
+    return [end - begin for begin, end in itertools.pairwise(marks)]
+
+
+def _publish(bench: Bench) -> None:
+    current = tracking.current()
+    for name, image in figures({name: value for name, (value, _) in bench.records.items()}).items():
+        storage.write_bytes(storage.join(storage.absolute(bench.config.root), "benchmark", "search", name), image)
+        if current is not None:
+            current.log_artifact(image, f"figures/search_{name}")
+
+
+def figures(values: dict[str, float]) -> dict[str, bytes]:
+    """PNG files by name, of what the records hold."""
+    drawn = {
+        "recall.png": _figure(_draw_recall, values),
+        "latency.png": _figure(_draw_latency, values),
+        "batch.png": _figure(_draw_batch, values),
+    }
+    if any(name.startswith("rows_") for name in values):
+        drawn["rows.png"] = _figure(_draw_rows, values)
+    return drawn
+
+
+def _figure(draw: Callable[[Any, dict[str, float]], None], values: dict[str, float]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw(axes, values)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _draw_recall(axes: Any, values: dict[str, float]) -> None:
+    exact = values["search_exact"]
+    for name, marker in (("cascade", "o"), ("int8", "s")):
+        found = [
+            (values[f"search_{name}_{n}"] / exact, values[f"search_{name}_{n}_recall_20"])
+            for n in CANDIDATES
+            if f"search_{name}_{n}" in values
+        ]
+        if found:
+            axes.plot(*zip(*found, strict=True), marker=marker, label=name)
+    axes.plot([1], [1], "k*", label="exact")
+    axes.set(xscale="log", xlabel="cost, of the exact search's", ylabel="kept of the exact top 20")
+    axes.legend()
+
+
+def _draw_latency(axes: Any, values: dict[str, float]) -> None:
+    for place, kind in enumerate(("median", "p99")):
+        left = 0.0
+        for number, stage in enumerate(STAGES):
+            width = values[f"latency_{stage.replace(' ', '_')}_{kind}"] * 1000
+            axes.barh(place, width, left=left, color=f"C{number}", label=stage if place == 0 else None)
+            left += width
+    axes.set(yticks=[0, 1], yticklabels=["median", "99th percentile"], xlabel="ms a question, stages each by itself")
+    axes.legend()
+
+
+def _draw_batch(axes: Any, values: dict[str, float]) -> None:
+    for name in ("exact", "reverse", "int8", "linear"):
+        found = [(size, values[f"batch_{size}_{name}"]) for size in BATCHES if f"batch_{size}_{name}" in values]
+        if found:
+            axes.plot(*zip(*found, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="questions in a batch", ylabel="us a question and chunk")
+    axes.legend()
+
+
+def _draw_rows(axes: Any, values: dict[str, float]) -> None:
+    sizes = sorted({int(name.split("_")[1]) for name in values if name.startswith("rows_")})
+    for name in ("exact", "cascade"):
+        axes.plot(sizes, [values[f"rows_{size}_{name}"] for size in sizes], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="chunks in the pool", ylabel="s a question")
+    axes.legend()

@@ -1,0 +1,81 @@
+"""The benchmark of the search at a size that says nothing about speed: every part runs, compares before it times, and draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from intra import config
+from intra.backbone.model import Backbone
+from intra.data.schema import Question
+from intra.retrieval import benchmark, peers, search
+from intra.retrieval.benchmark import Bench
+from intra.retrieval.pools import Ask
+from intra.retrieval.retriever import Retriever
+from intra.retrieval.scorers import Keys
+
+from .conftest import MemoryStore
+
+SIZES = {"questions": 4, "checked": 8, "chunks": 40, "pools": [90, 150], "repeats": 1, "latency_questions": 3}
+
+
+@pytest.mark.parametrize("kind", ["per_head", "mixture"])
+def test_peers_agree_with_the_exact_scorer(
+    kind: str, backbone: Backbone, store: MemoryStore, queries: torch.Tensor, weights: torch.Tensor
+) -> None:
+    times, errors = peers.compare(Ask(kind, queries, weights, 0.5), Keys.of(backbone), store.vectors, 1)
+    exact = {"exact", "reverse", "chunked", "naive", "naive_hidden", "sentence_transformers"}
+    assert exact | {"gemm", "int8", "linear", "faiss_flat"} <= set(times)
+    assert all(errors[name] < peers.SAME for name in exact)
+    assert errors["exact"] == 0 < errors["int8"] < errors["linear"]
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(
+    backbone: Backbone, store: MemoryStore, queries: torch.Tensor, weights: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_naive", lambda queries, keys: peers.scoring.layer_scores(queries, keys) * 1.01)
+    times, errors = peers.compare(Ask("per_head", queries, weights, 1.0), Keys.of(backbone), store.vectors, 1, ["exact", "naive"])
+    assert set(times) == {"exact"}
+    assert errors["naive"] > peers.SAME
+
+
+@pytest.mark.parametrize("retriever", ["mixture"], indirect=True)
+def test_every_part_gives_its_records(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "LAYER_4B", {"d": 64, "heads": 4, "groups": 2, "e": 16, "tokens": 8})
+    bench: Any = object.__new__(Bench)
+    bench.config = config.parse({"root": "x", "retriever": {"search": {"benchmark": SIZES}}})
+    bench.settings = bench.config.retriever.search.benchmark
+    bench.questions, bench.retriever, bench.backbone, bench.store = questions, retriever, backbone, store
+    bench.keys, bench.records = Keys.of(backbone), {}
+    bench.passes = search.Passes(backbone, store, retriever, query_batch=4)  # type: ignore[arg-type]
+    for part in (
+        benchmark._pool,
+        benchmark._shape,
+        benchmark._batches,
+        benchmark._searches,
+        benchmark._ivf,
+        benchmark._sizes,
+        benchmark._latency,
+    ):
+        part(bench)
+    values = {name: value for name, (value, _) in bench.records.items()}
+    assert values["search_questions"] == 8
+    assert values["search_same_top_20"] == 1
+    assert values["search_cascade_400_recall_20"] == values["search_int8_100_recall_20"] == 1  # more candidates than chunks
+    assert 0 < values["search_cascade_25_recall_20"] <= 1
+    assert values["pool_exact_share_of_gemm"] == pytest.approx(values["pool_gemm"] / values["pool_exact"])
+    assert {"shape_reverse_to_exact", "shape_exact_to_int8", "batch_1_reverse", "batch_4_linear", "ivf_4_recall_20"} <= set(values)
+    assert values["rows_150_exact_memory"] > 0.05
+    assert values["latency_total_median"] >= max(values[f"latency_{stage}_median"] for stage in ("S_0", "search", "answer"))
+    drawn = benchmark.figures(values)
+    assert set(drawn) == {"recall.png", "latency.png", "batch.png", "rows.png"}
+    assert all(image.startswith(b"\x89PNG") for image in drawn.values())
+
+
+def test_a_repeated_pool_is_the_pool_again_and_again(store: MemoryStore) -> None:
+    made = torch.cat(list(benchmark.repeated(store, 150)))  # type: ignore[arg-type]
+    assert torch.equal(made, torch.cat([store.vectors, store.vectors, store.vectors])[:150])
