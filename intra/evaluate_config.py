@@ -37,6 +37,14 @@ class TuneConfig(Section):
     checkpoint_every: int = Field(50, ge=1)
 
 
+class IvfConfig(Section):
+    """An inverted-file index (faiss IVF,Flat) in place of exact search; its recall against exact search is measured and reported."""
+
+    lists: int | None = Field(None, ge=1, description="cells of the corpus; null: 4 sqrt(texts)")
+    probes: int = Field(32, ge=1, description="cells that a question looks into")
+    checked: int = Field(200, ge=1, description="questions that are searched exactly too, to measure the recall")
+
+
 class ModelConfig(Section):
     """A model that sentence-transformers loads."""
 
@@ -56,6 +64,7 @@ class DenseConfig(ModelConfig):
     pooling: Literal["mean", "cls", "lasttoken"]
     normalize: bool = True
     tune: TuneConfig | None = Field(None, description="fine-tuned in this run, where given")
+    ivf: IvfConfig | None = Field(None, description="approximate search, where given; null: exact")
 
 
 class LateConfig(ModelConfig):

@@ -111,7 +111,7 @@ def tuned(config: Config, name: str) -> Artifact:
         config,
         "tuned",
         "evaluate",
-        {"model": models.digest(name, settings), "settings": settings.model_dump(exclude={"model", "revision", "batch_size"}),
+        {"model": models.digest(name, settings), "settings": settings.model_dump(exclude={"model", "revision", "batch_size", "ivf"}),
          "questions": facts["questions_sha256"], "pool": facts["pool_sha256"], "negatives": mined, "seed": config.seed},
     )  # fmt: skip
 
@@ -158,7 +158,7 @@ def vectors(config: Config, name: str, marks: Marks | None = None) -> Artifact:
         "vectors",
         "evaluate",
         {"weights": weights(config, name), "pool": facts["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks,
-         "settings": settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune"})},
+         "settings": settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune", "ivf"})},
     )  # fmt: skip
 
 
@@ -180,10 +180,11 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
         return [model.model_dump(), [ranking(config, part, marks).fingerprint for part in model.of]]
     if isinstance(model, RerankConfig):
         by = config.evaluate.models[model.by]
-        scorer = [weights(config, model.by), by.model_dump(exclude={"model", "revision", "tune"})]
+        scorer = [weights(config, model.by), by.model_dump(exclude={"model", "revision", "tune", "ivf"})]
         return [model.model_dump(), ranking(config, model.of, marks).fingerprint, scorer]
     if model is not None:
-        return [vectors(config, name, marks).fingerprint, model.model_dump(include={"query_prompt", "query_length"})]
+        asked = model.model_dump(include={"query_prompt", "query_length", "ivf"}, exclude_none=True)
+        return [vectors(config, name, marks).fingerprint, asked]
     if name in ("intra", "maxsim", "s0_reranked"):
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
         search = config.retriever.search

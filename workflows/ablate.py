@@ -20,7 +20,7 @@ from intra import cli, lineage, storage, tracking
 from intra import config as configuration
 from intra.config import Config
 from intra.errors import UserError
-from intra.evaluation import ablation, metrics, results
+from intra.evaluation import ablation, expectations, metrics, results
 from intra.evaluation import run as evaluation
 from workflows import nightly
 
@@ -72,6 +72,9 @@ def run(config: Config) -> str:
         storage.write_bytes(storage.join(folder, "table.md"), f"{text}\n".encode())
         parent.log_artifact(f"{text}\n", "table.md")
     print(text)
+    judged = [r for place in config.evaluate.expected for r in expectations.judge(found, expectations.load(place), "rows")]
+    if judged:
+        print("", *expectations.text(judged), sep="\n")
     return storage.join(folder, evaluation.RESULTS)
 
 

@@ -1,6 +1,7 @@
-"""Retrieval by vectors: dense (one vector a text, exact search by faiss) and late interaction (one a token, exact MaxSim).
+"""Retrieval by vectors: dense (one vector a text, by faiss) and late interaction (one a token, exact MaxSim).
 
-Both go once over the encoded corpus for all questions. Memory: a shard, and the best k of each question.
+Exact search goes once over the encoded corpus for all questions. Memory: a shard, and the best k of each question. A dense model may be
+searched by an inverted file instead (`ivf`): all its vectors in memory, and a recall against exact search, which is measured and told.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from intra.baselines.corpus import Block, Corpus
 from intra.baselines.models import Floats, operations
 from intra.data.schema import Pool, Question
 from intra.errors import UserError
+from intra.evaluate_config import IvfConfig
 from intra.method import Ranking, Rankings, ordered
 
 _SPARE = 16  # candidates beyond k: more than rounding may reorder
+_SAMPLE = 64  # texts a cell of an inverted file, on which the cells are found
+_QUESTIONS_AT_ONCE = 64  # of an inverted file: their candidates' vectors are in memory
 _TEXTS_AT_ONCE = 256  # of late interaction: their vectors in float32, padded
 
 
@@ -83,6 +87,77 @@ class _Vectors(ABC):
 class Dense(_Vectors):
     """Inner products. faiss proposes candidates in float32; each is scored again in float64 by itself, so that no score depends on the
     block that a text stood in."""
+
+    def __init__(self, name: str, corpus: Callable[[Pool], Corpus], ivf: IvfConfig | None = None) -> None:
+        super().__init__(name, corpus)
+        self._ivf = ivf
+        self.facts: dict[str, float] = {}  # of an approximate search
+
+    def search(self, questions: Sequence[Question], k: int) -> Rankings:
+        if self._ivf is None or not questions:
+            return super().search(questions, k)
+        index, lists = self._inverted(self._ivf), self._lists(self._ivf)
+        found = self._from(index, questions, k)
+        short = [question for question in questions if len(found[question.question_id]) < k]
+        if short:  # the cells looked into hold fewer: all of them do not
+            index.nprobe = lists
+            found |= self._from(index, short, k)
+        step = max(1, len(questions) // self._ivf.checked)
+        checked = questions[::step][: self._ivf.checked]
+        exact = super().search(checked, k)
+        hits = sum(len({chunk for chunk, _ in found[key]} & {chunk for chunk, _ in ranking}) for key, ranking in exact.items())
+        recall = hits / sum(len(ranking) for ranking in exact.values())
+        probes, count = min(self._ivf.probes, lists), len(checked)
+        self.facts = {"ivf_lists": lists, "ivf_probes": probes, "ivf_recall": recall, "ivf_recall_k": k, "ivf_recall_questions": count,
+                      "ivf_exhaustive": len(short)}  # fmt: skip
+        print(f"{self.name}: inverted file of {lists:,} cells, {probes} read: {recall:.3f} of the exact top {k} ({count:,} questions)"
+              + (f"; {len(short):,} questions read all" if short else ""))  # fmt: skip
+        return found
+
+    def operations(self, questions: Sequence[Question]) -> float:
+        """Of a search; of an inverted file's, with cells of equal size."""
+        if self._ivf is None:
+            return super().operations(questions)
+        lists = self._lists(self._ivf)
+        read = lists + self._corpus.facts["vectors"] * min(1.0, self._ivf.probes / lists)
+        return super().operations(questions) - 2.0 * len(questions) * self._corpus.facts["dimension"] * (
+            self._corpus.facts["vectors"] - read
+        )
+
+    def _lists(self, ivf: IvfConfig) -> int:
+        texts = self._corpus.facts["texts"]
+        return min(texts, ivf.lists or max(1, round(4 * texts**0.5)))
+
+    def _inverted(self, ivf: IvfConfig) -> Any:
+        """The index of the whole corpus; its cells are found on a sample of _SAMPLE texts a cell."""
+        faiss, lists, facts = _faiss(), self._lists(ivf), self._corpus.facts
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(facts["dimension"]), facts["dimension"], lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.min_points_per_centroid = 1  # a small corpus is no reason to warn
+        index.cp.max_points_per_centroid = _SAMPLE
+        wanted = np.sort(np.random.default_rng(0).permutation(facts["texts"])[: _SAMPLE * lists])
+        parts = []
+        for block in self._corpus.blocks():
+            rows = wanted[np.searchsorted(wanted, block.first) : np.searchsorted(wanted, block.first + len(block))] - block.first
+            parts.append(block.vectors[rows])
+        index.train(np.concatenate(parts))
+        for block in self._corpus.blocks():
+            index.add(block.vectors)
+        index.nprobe = min(ivf.probes, lists)
+        return index
+
+    def _from(self, index: Any, questions: Sequence[Question], k: int) -> Rankings:
+        """Scored again in float64, as in exact search: what both find has the same score."""
+        queries = self._queries(questions)
+        rankings: Rankings = {}
+        for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
+            mine = np.concatenate(queries[start : start + _QUESTIONS_AT_ONCE])
+            _, rows, vectors = index.search_and_reconstruct(mine, min(k + _SPARE, index.ntotal))
+            for question, query, texts, values in zip(questions[start:], mine, rows, vectors, strict=False):
+                scores = values.astype(np.float64) @ query.astype(np.float64)
+                pairs = [(chunk, score) for row, score in zip(texts.tolist(), scores.tolist(), strict=True) if row >= 0
+                         for chunk in self._corpus.owners[row]]  # fmt: skip
+                rankings[question.question_id] = ordered(pairs, k)
+        return rankings
 
     def _best(self, queries: Sequence[Floats], block: Block, k: int) -> Iterator[tuple[list[int], list[float]]]:
         faiss = _faiss()

@@ -78,7 +78,7 @@ def answer(backbone: Backbone, questions: Sequence[Question], answers: Sequence[
     prompt = _mean(len(ids) for ids in backbone.prompt_ids([question.question for question in questions]))
     written = _mean(len(ids) for ids in backbone.answer_ids(answers))
     vocabulary = backbone.model.config.decoder.vocab_size
-    return _decoder(backbone, prompt + written - 1, memory_tokens) + 2 * written * backbone.hidden_size * vocabulary
+    return _decoder(backbone, prompt + written - 1, memory_tokens) + 2 * written * backbone.hidden_size * float(vocabulary)
 
 
 def _decoder(backbone: Backbone, own: float, memory: float) -> float:

@@ -128,8 +128,9 @@ class Parts:
             rerank = model
             return wrappers.Rerank(name, lambda: first(rerank.of, rerank.depth), self._scorer(rerank.by))
         if model is not None:
-            kind = dense.Late if isinstance(model, LateConfig) else dense.Dense
-            return kind(name, lambda pool: self.corpus(name, pool))
+            if isinstance(model, DenseConfig):
+                return dense.Dense(name, lambda pool: self.corpus(name, pool), model.ivf)
+            return dense.Late(name, lambda pool: self.corpus(name, pool))
         if name in INTRINSIC:
             return self.intrinsic[name]
         if name == "bm25":
@@ -214,7 +215,7 @@ def make(config: Config, artifact: Artifact) -> None:
             records += found
             whole = results.whole(found)
             run.log_metrics({f"{name}/{r['benchmark']}/{r['metric']}": r["value"] for r in found if r["benchmark"] in whole})
-            costs.append({"method": name, "questions": len(questions), **seconds, "note": _note(config, name)})
+            costs.append({"method": name, "questions": len(questions), **seconds, "note": _note(config, name, seconds)})
         if outcomes:
             failures = {name: str(error) for name, error in searches.failures.items()}
             about = _facts(config, artifact, facts, sources)
@@ -229,6 +230,7 @@ def make(config: Config, artifact: Artifact) -> None:
                 "chunks": len(pool),
                 "dataset": dataset.fingerprint,
                 "made_from": sources,
+                "commit": tracking.commit(),
                 "results_sha256": hashlib.sha256(encoded).hexdigest(),
             }
         )
@@ -277,8 +279,10 @@ def _write(
     return encoded
 
 
-def _note(config: Config, name: str) -> str:
+def _note(config: Config, name: str, cost: Mapping[str, float | None]) -> str:
     """What a method's cost does not say by itself."""
+    if cost.get("ivf_recall") is not None:
+        return f"approximate: {cost['ivf_recall']:.3f} of the exact top {cost['ivf_recall_k']} ({cost['ivf_recall_questions']} questions)"
     if name == "s0_reranked" and config.retriever.scoring == "mixture" and "intra" in config.evaluate.methods:
         return "its time is without the normalisers over the pool, which INTRA has computed; its operations are with them"
     return ""
@@ -364,6 +368,7 @@ class Searches:
         found: dict[str, float | None] = {key: sum(facts[key] for facts in made) for key in ("index_seconds", "search_seconds")}
         counted = [facts["operations"] for facts in made if facts.get("operations") is not None]
         found["search_operations"] = sum(counted) if len(counted) == len(made) else None
+        found |= {key: value for key, value in made[-1].items() if key.startswith("ivf_")}
         return found | {"peak_bytes": made[-1].get("peak_bytes")}
 
     def _all_of(self, name: str) -> list[str]:
@@ -413,7 +418,8 @@ class Searches:
         check(name, rankings, self.questions, depth, self.pool)
         storage.write_bytes(artifact.path(RANKING), to_parquet(results.rankings_table(rankings, self.questions)))
         taken = {"index_seconds": indexed, "search_seconds": meter.seconds - indexed, "peak_bytes": meter.peak_bytes}
-        artifact.finish({"method": name, "depth": depth, **taken, "operations": self._operations(name, method)})
+        taken |= {"operations": self._operations(name, method), **getattr(method, "facts", {})}
+        artifact.finish({"method": name, "depth": depth, **taken})
         return rankings
 
     def _operations(self, name: str, method: Method) -> float:

@@ -17,7 +17,7 @@ from intra.baselines import dense, models
 from intra.baselines.corpus import Corpus
 from intra.data.schema import Pool, Question
 from intra.errors import UserError, WorkflowError
-from intra.evaluate_config import DenseConfig
+from intra.evaluate_config import DenseConfig, IvfConfig
 from intra.method import check
 
 
@@ -166,3 +166,36 @@ def test_minilm_finds_a_paraphrase(tmp_path: Path) -> None:
     pool = make_pool([("", "He was an English footballer."), ("", "The river floods in spring."), ("", "A physician treats the sick.")])
     asked = [Question("q", "b", "test", "What does a doctor do?", (), (), 1, "")]
     assert rank(method(tmp_path, chosen), pool, asked, 3)["q"][0][0] == "c002"
+
+
+def test_an_inverted_file_tells_its_recall(
+    bert: Path, questions: list[Question], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All cells are exact search; few are not, and the recall told is what is found of the exact rankings."""
+    from tests.baselines.conftest import make_pool, sentences
+
+    pool = make_pool([("", text) for text in sentences(600, 5)])
+
+    def found(**ivf: int) -> tuple[dense.Dense, dict[str, list[tuple[str, float]]]]:
+        made = method(tmp_path, settings(bert), 200)
+        made = dense.Dense("tiny", made._open, IvfConfig(**ivf) if ivf else None)
+        return made, rank(made, pool, questions, 10)
+
+    exact, expected = found()
+    assert exact.facts == {}
+    whole, ranking = found(lists=20, probes=20)
+    assert ranking == expected
+    assert whole.facts["ivf_recall"] == 1.0
+    few, ranking = found(lists=20, probes=2, checked=len(questions))
+    hits = [len({chunk for chunk, _ in ranking[key]} & {chunk for chunk, _ in row}) / 10 for key, row in expected.items()]
+    assert few.facts["ivf_recall"] == pytest.approx(np.mean(hits))
+    assert 0.2 < few.facts["ivf_recall"] < 1
+    assert "inverted file of 20 cells, 2 read" in capsys.readouterr().out
+    known = {(key, chunk): score for key, row in expected.items() for chunk, score in row}
+    assert all(known.get((key, chunk), score) == score for key, row in ranking.items() for chunk, score in row)
+    assert few.operations(questions) < exact.operations(questions)
+    alone, ranking = found(lists=300, probes=1, checked=3)  # a cell of two texts: no ten to be found there
+    assert alone.facts["ivf_exhaustive"] > 0
+    assert alone.facts["ivf_recall_questions"] == 3
+    default, _ = found(probes=8)
+    assert default.facts["ivf_lists"] == 98  # 4 sqrt(600)

@@ -119,6 +119,19 @@ def test_mistakes_of_a_file(tmp_path: Path, text: str | None, problem: str) -> N
         expectations.load(str(file))
 
 
+def test_the_nightly_configuration_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = configuration.load("configs/nightly.yaml")
+    assert config.evaluate.expected == [str(CONFIGS / "expected-nightly.yaml")]
+    expected = expectations.load(config.evaluate.expected[0])
+    assert expected.gate
+    assert expected.bound
+    assert expected.sides == "below"
+    found = {(line.metric, name) for line in expected.lines for name in line.values}
+    assert {name for _, name in found} == set(config.evaluate.methods) - {"random"}
+    assert {metric for metric, _ in found} == {*(f"complete_recall_at_{k}" for k in config.evaluate.k), "em", "f1"}
+
+
 def test_the_papers_values() -> None:
     """Every line has the methods of its table; means are the means of what they are of; figure 3 and table 7 agree with table 4."""
     expected = expectations.load(str(CONFIGS / "expected-paper.yaml"))

@@ -412,6 +412,12 @@ def test_ablation_sets_its_rows_in_one_table(
     assert record["value"] == pytest.approx(sum(bm25.values()) / len(bm25))
     assert sum(line.startswith("| BM25 |") for line in lines) == 2
 
+    wanted = {"BM25": record["value"], "1 token": 0.4}
+    line = {"source": "table 7", "of": "rows", "benchmark": "synthetic", "metric": "em", "values": wanted}
+    (tmp_path / "expected.yaml").write_text(json.dumps({"name": "the paper", "lines": [line]}))
+    assert cli.main("", ablate.plan, ablate.run, ["--config", str(file), f"evaluate.expected=[{tmp_path / 'expected.yaml'}]"]) == 0
+    assert "against the paper: 1 OK, 1 not run" in capsys.readouterr().out.splitlines()
+
     monkeypatch.setattr(evaluation, "make", lambda *_: pytest.fail("it is complete"))
     assert cli.main("", ablate.plan, ablate.run, ["--config", str(file)]) == 0
     assert capsys.readouterr().out.splitlines() == lines
