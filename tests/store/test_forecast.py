@@ -40,9 +40,7 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = load(f"root={tmp_path}", "store.workers=2")
     found = forecast.forecast(config, 759_000, 100_000_000)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10**11}))
-    with pytest.raises(
-        UserError, match=r"the store needs 539\.\d GB more, the disk has 100 GB free; .* or store.dtype=int8"
-    ):
+    with pytest.raises(UserError, match=r"the store needs 539\.\d GB more, the disk has 100 GB free; .* or store.dtype=int8"):
         forecast.check(config, found)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10**12}))
     monkeypatch.setattr(forecast, "available_memory", lambda: 30 * 10**9)

@@ -32,6 +32,7 @@ def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_encode_gives_every_ratio(tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "workflows/benchmark.py"), "encode", "--config", str(PROJECT / "configs/quickstart.yaml")]
     done = subprocess.run([*command, f"root={tmp_path}/root", *SMALL], cwd=tmp_path, capture_output=True, text=True)
