@@ -200,6 +200,7 @@ class SearchConfig(Section):
         "exact", description="exact: head_space or reverse, by the batch; int8, cascade: a scan, then exact; auto: by pool and batch"
     )
     candidates: int = Field(200, ge=1, description="chunks a question that int8 and cascade score exactly")
+    heads: float = Field(1.0, gt=0, le=1, description="share of the heads' |alpha| times spread, squared, that int8 scans by")
     recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or a safer scorer follows")
     in_memory: bool = Field(False, description="pooled vectors are kept in memory, not read again for each batch of questions")
     workers: int = Field(0, ge=0, description="Ray actors that hold the pooled vectors in their memory; 0: this process alone")

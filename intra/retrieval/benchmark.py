@@ -6,6 +6,7 @@ Reads dataset, store and retriever of the configuration. Records (times of one t
     shape_*      the same at the sizes of one layer of T5Gemma 2 4B (random vectors: times and rounding do not depend on them)
     batch_B_*    a question's share in a batch of B
     search_*     searches of the whole pool: agreement of the exact forms on `checked` questions, recall and cost of the approximate ones
+                 with so many candidates: cascade, int8, and int8 by the strongest heads alone (pruned)
     ivf_*        candidates from a faiss IVF index over the pooled vectors by `mixed` queries, instead of a scan
     rows_N_*     pools of N chunks (the pool's vectors again and again, streamed from a file): time and memory
     latency_*    one question at a time, end to end
@@ -52,6 +53,7 @@ LAYER_CHUNKS = 256
 BATCHES = (1, 2, 4, 16, 64)
 CANDIDATES = (25, 50, 100, 200, 400)
 PROBES = (4, 16, 64)
+PRUNED = 0.98  # of the heads' squared weight and spread, in the scan `pruned`
 Records = dict[str, tuple[float, str]]  # name -> value, unit
 
 
@@ -189,7 +191,12 @@ def _searches(bench: Bench) -> None:
     bench.add("search_chunks", len(bench.store), "")
     bench.add("search_exact", first / len(bench.asks[0]), "s a question")
     bench.add("search_same_top_20", same / count, "of the questions, head_space and reverse")
-    scans = [("cascade", Form("linear"))] + ([] if bench.backbone.device.type == "cuda" else [("int8", Form("int8"))])
+    scans = [("cascade", Form("linear"))]
+    if bench.backbone.device.type != "cuda":
+        pooled = next(iter(bench.store.tiles(min(1024, len(bench.store)))))[1].to(bench.keys.projections.dtype)
+        fewer = intrinsic.pruned(bench.asks[0], bench.keys, pooled, PRUNED)
+        bench.add("search_pruned_heads", sum(map(sum, fewer.kept or ())), f"of {bench.backbone.layers * bench.backbone.heads}")
+        scans += [("int8", Form("int8")), ("pruned", fewer)]
     for name, form in scans:
         for candidates in CANDIDATES if name == "cascade" else (100,):
             times, kept = [], {5: 0.0, TOP: 0.0}
@@ -203,7 +210,9 @@ def _searches(bench: Bench) -> None:
                 bench.add(f"{label}_recall_{k}", value, "of the exact top")
             bench.add(label, min(times), "s a question")
     # Time against time: both once more, in turn, on the first batch.
-    for label, form, candidates in [("cascade_200", Form("linear"), 200), ("int8_100", Form("int8"), 100)][: len(scans)]:
+    for name, form in scans:
+        candidates = 200 if name == "cascade" else 100
+        label = f"{name}_{candidates}"
         ours = theirs = float("inf")
         for _ in range(bench.settings.repeats):
             ours = min(ours, _best(1, functools.partial(intrinsic.approximate, pool, bench.asks[0], TOP, form, candidates))[0])
@@ -357,7 +366,7 @@ def _figure(draw: Callable[[Any, dict[str, float]], None], values: dict[str, flo
 
 def _draw_recall(axes: Any, values: dict[str, float]) -> None:
     exact = values["search_exact"]
-    for name, marker in (("cascade", "o"), ("int8", "s")):
+    for name, marker in (("cascade", "o"), ("int8", "s"), ("pruned", "v")):
         found = [
             (values[f"search_{name}_{n}"] / exact, values[f"search_{name}_{n}_recall_20"])
             for n in CANDIDATES

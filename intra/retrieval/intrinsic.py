@@ -2,7 +2,8 @@
 
 `retriever.search.scorer`:
     exact        head_space or reverse, whichever takes fewer operations (`pools.cheaper`): the default; both rank alike
-    int8         a scan in integers; its best `candidates` a question are scored again, exactly
+    int8         a scan in integers; its best `candidates` a question are scored again, exactly. With `heads` below 1 it leaves out the
+                 heads that weigh least (`scorers.strongest`, on the first batch of questions and the pool's first chunks)
     cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`); then the same
     auto         exact for `mixed` (it is cheap), for pools of fewer than AUTO_CHUNKS times `candidates` chunks, and on a GPU for AUTO_BATCH
                  questions or more at a time; else cascade
@@ -18,7 +19,7 @@ components (`corrected`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from intra.retrieval import scoring
 from intra.retrieval.pools import Ask, Form, Pool
+from intra.retrieval.scorers import Keys, strongest
 from intra.retrieval.scoring import Scored
 
 if TYPE_CHECKING:
@@ -83,11 +85,21 @@ def recall(exact_pairs: Sequence[Scored], pairs: Sequence[Scored]) -> float:
     return kept / max(1, sum(len(one) for one in exact_pairs))
 
 
+def pruned(ask: Ask, keys: Keys, pooled: Tensor, share: float) -> Form:
+    """The integer scan by the strongest heads only."""
+    kept = strongest(ask.queries, keys, ask.weights, pooled, share)
+    return Form("int8", tuple(tuple(row) for row in kept.tolist()))
+
+
 class Searcher:
     """Finds the best chunks of a pool for batches of questions. Remembers which scorer has passed its check."""
 
-    def __init__(self, pool: Pool, settings: SearchConfig, device: torch.device | str = "cpu") -> None:
-        self.pool, self.settings = pool, settings
+    def __init__(
+        self, pool: Pool, settings: SearchConfig, device: torch.device | str = "cpu", sample: Callable[[Ask], Form] | None = None
+    ) -> None:
+        """`sample` chooses the heads of the integer scan by the first questions (`pruned`)."""
+        self.pool, self.settings, self._sample = pool, settings, sample
+        self._forms: dict[str, Form] = {}
         self._cuda = torch.device(device).type == "cuda"
         self._fallen: str | None = None  # to which scorer
         self._seen = self._kept = 0.0  # questions compared, the sum of their recalls
@@ -98,7 +110,7 @@ class Searcher:
         if name not in _SCANS:
             return exact(self.pool, ask, k, Form(name))
         while name in _SCANS:
-            found = approximate(self.pool, ask, k, _SCANS[name], self.settings.candidates)
+            found = approximate(self.pool, ask, k, self._form(name, ask), self.settings.candidates)
             if self._seen >= CHECKED:
                 return found
             truth = exact(self.pool, ask, k)
@@ -115,6 +127,12 @@ class Searcher:
             self._fallen, self._seen, self._kept = safer, 0.0, 0.0
             name = safer
         return truth
+
+    def _form(self, name: str, ask: Ask) -> Form:
+        if name not in self._forms:
+            prune = self._sample if name == "int8" and self.settings.heads < 1 else None
+            self._forms[name] = _SCANS[name] if prune is None else prune(ask)
+        return self._forms[name]
 
     def components(self, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Exact components of each question for rows of its own (in the paper's form where that is configured): [C, n_b]."""

@@ -40,6 +40,7 @@ class Form:
     """How components are computed: a form of `scorers.FORMS`, `exact` (head_space or reverse, by `cheaper`) or `linear`."""
 
     name: str = "exact"
+    kept: tuple[tuple[bool, ...], ...] | None = None  # [L][H]: heads that count, of `scorers.strongest`; None: all
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Ask:
             linear = Linear(self.queries, keys, self.weights, self.kind, temperature=self.temperature)
             return lambda tile: linear(tile.vectors)
         name = cheaper(keys, self.queries.shape, scalars) if form.name == "exact" else form.name
-        layers = LayerScorer(self.queries, keys, self.weights, self.kind, form=name, temperature=self.temperature)
+        kept = None if form.kept is None else torch.tensor(form.kept)
+        layers = LayerScorer(self.queries, keys, self.weights, self.kind, form=name, temperature=self.temperature, kept=kept)
         return lambda tile: layers(tile.vectors, tile.scalars)
 
 

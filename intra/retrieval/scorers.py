@@ -256,6 +256,26 @@ class LayerScorer:
         return self._work[:size].view(-1, width), self._work[size : size + step * width].view(-1, width)
 
 
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def strongest(queries: Tensor, keys: Keys, weights: Tensor, pooled: Tensor, share: float) -> Tensor:
+    """BoolTensor[L, H]: the fewest heads whose |alpha| times spread over the chunks `pooled` has `share` of all heads' sum of squares.
+
+    The spread is the standard deviation of a head's score over the chunks, in the mean over the questions: what a head without spread
+    adds, it adds to every chunk. Heads of one layer and key-value head are scored each by itself.
+    """
+    layers, heads = weights.shape
+    spread = torch.zeros(layers, heads, device=pooled.device)
+    for head in range(heads):
+        alone = torch.zeros(layers, heads, dtype=torch.bool)
+        alone[:, head] = True
+        spread[:, head] = LayerScorer(queries, keys, weights, "mixture", kept=alone)(pooled).std(dim=2).mean(dim=0)
+    squares, order = spread.square().flatten().sort(descending=True, stable=True)
+    count = int((squares.cumsum(0) < share * squares.sum()).sum()) + 1
+    kept = torch.zeros(layers * heads, dtype=torch.bool)
+    kept[order[:count].cpu()] = True
+    return kept.view(layers, heads)
+
+
 class Linear:
     """A cheap stand-in for the components of `per_head` and `mixture`: of a chunk only the mean of its vectors.
 

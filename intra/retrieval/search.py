@@ -22,10 +22,10 @@ from intra.data import schema
 from intra.data.schema import Question
 from intra.errors import UserError
 from intra.method import Method, Ranking, Rankings
-from intra.retrieval import initial, scoring
+from intra.retrieval import initial, intrinsic, scoring
 from intra.retrieval.intrinsic import Searcher
-from intra.retrieval.pools import Ask, Local, Pool
-from intra.retrieval.scorers import Keys
+from intra.retrieval.pools import Ask, Form, Local, Pool
+from intra.retrieval.scorers import ALIGN, Keys
 from intra.retrieval.scoring import Scored
 
 if TYPE_CHECKING:
@@ -54,8 +54,14 @@ class Passes:
         self.query_batch, self.tile_chunks = query_batch, tile_chunks
         settings = search or SearchConfig()
         keys = Keys.of(backbone)
-        pool = _fleet(store, keys, settings, tile_chunks, str(backbone.device)) if settings.workers else None
-        self.searcher = Searcher(pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory), settings, backbone.device)
+        pool: Pool | None = _fleet(store, keys, settings, tile_chunks, str(backbone.device)) if settings.workers else None
+        pool = pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory)
+
+        def prune(ask: Ask) -> Form:
+            _, pooled = next(iter(store.tiles(min(ALIGN, len(store)))))
+            return intrinsic.pruned(ask, keys, pooled.to(backbone.device, backbone.dtype), settings.heads)
+
+        self.searcher = Searcher(pool, settings, backbone.device, prune)
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}

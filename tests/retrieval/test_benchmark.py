@@ -67,6 +67,7 @@ def test_every_part_gives_its_records(
     assert values["search_same_top_20"] == 1
     assert values["search_cascade_400_recall_20"] == values["search_int8_100_recall_20"] == 1  # more candidates than chunks
     assert 0 < values["search_cascade_25_recall_20"] <= 1
+    assert 0 < values["search_pruned_100_recall_20"] <= 1
     assert values["pool_exact_share_of_gemm"] == pytest.approx(values["pool_gemm"] / values["pool_exact"])
     assert {"shape_reverse_to_exact", "shape_exact_to_int8", "batch_1_reverse", "batch_4_linear", "ivf_4_recall_20"} <= set(values)
     assert values["rows_150_exact_memory"] > 0.05

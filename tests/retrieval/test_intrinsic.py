@@ -140,6 +140,18 @@ def test_a_scorer_that_keeps_enough_is_checked_on_the_first_questions_alone(
     assert reads == [2, 2, 1, 1]  # the scan, and while it is checked the exact one
 
 
+def test_pruned_heads_scan_and_all_heads_rank(big: Big, backbone: Backbone, ask: Ask) -> None:
+    weights = ask.weights.clone()
+    weights[0, 0] = 1e-6
+    ask, keys = replace(ask, weights=weights), Keys.of(backbone)
+    form = intrinsic.pruned(ask, keys, big.vectors[:500], 0.9999)
+    assert form.kept is not None
+    assert not form.kept[0][0]
+    truth = intrinsic.exact(local(big, backbone), ask, 20)
+    searcher = Searcher(local(big, backbone), SearchConfig(scorer="int8", heads=0.9999, recall=1.0), sample=lambda _: form)
+    assert searcher.find(ask, 20).pairs == truth.pairs
+
+
 def test_the_rule_of_auto(big: Big, backbone: Backbone, ask: Ask) -> None:
     def chosen(device: str = "cpu", candidates: int = 100, **changes: object) -> str:
         searcher = Searcher(local(big, backbone), SearchConfig(scorer="auto", candidates=candidates), device)

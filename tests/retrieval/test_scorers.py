@@ -92,6 +92,16 @@ def test_heads_left_out_count_nothing(kind: str, keys: Keys, store: MemoryStore,
     torch.testing.assert_close(found, LayerScorer(queries, keys, weights * kept, kind)(store.vectors))
 
 
+def test_the_strongest_heads_are_those_whose_weight_times_spread_is_greatest(keys: Keys, store: MemoryStore, queries: Tensor) -> None:
+    weights = torch.zeros(keys.gains.shape[0], 4)
+    weights[0, 2], weights[1, 1], weights[1, 3] = -5.0, 3.0, 0.01
+    quiet = queries.clone()
+    quiet[:, 1, 1] = 0.0  # weighs, and tells nothing apart
+    assert scorers.strongest(queries, keys, weights, store.vectors, 0.99).nonzero().tolist() == [[0, 2], [1, 1]]
+    assert scorers.strongest(quiet, keys, weights, store.vectors, 0.99).nonzero().tolist() == [[0, 2]]
+    assert scorers.strongest(queries, keys, weights, store.vectors, 1.0).sum() >= 3
+
+
 @pytest.mark.parametrize("form", scorers.FORMS)
 def test_rows_of_a_pool_score_alike_in_any_aligned_tile(form: str, keys: Keys, queries: Tensor, weights: Tensor) -> None:
     pooled = torch.randn(2 * scorers.ALIGN + 300, 3, 32, generator=torch.Generator().manual_seed(0))
