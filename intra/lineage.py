@@ -31,11 +31,12 @@ from intra.store.format import FORMAT
 
 EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
+MADE_BY = {"dataset": "prepare", "backbone": "warmstart", "store": "encode", "retriever": "train"}  # the workflow; of others, evaluate
 
 
-def _artifact(config: Config, kind: str, made_by: str, parts: dict[str, object]) -> Artifact:
+def _artifact(config: Config, kind: str, **parts: object) -> Artifact:
     mark = fingerprint({"version": VERSION, "kind": kind, **parts})
-    return Artifact(kind, storage.join(storage.absolute(config.root), kind, mark), mark, made_by)
+    return Artifact(kind, storage.join(storage.absolute(config.root), kind, mark), mark, MADE_BY.get(kind, "evaluate"))
 
 
 def from_scratch(config: Config) -> bool:
@@ -52,8 +53,10 @@ def dataset(config: Config) -> Artifact:
     return _artifact(
         config,
         "dataset",
-        "prepare",
-        {"data": sources.identity(config.data), "inputs": sources.digests(config.data), "tokenizer": tokenizer, "seed": config.seed},
+        data=sources.identity(config.data),
+        inputs=sources.digests(config.data),
+        tokenizer=tokenizer,
+        seed=config.seed,
     )
 
 
@@ -71,10 +74,13 @@ def backbone(config: Config) -> Artifact:
     return _artifact(
         config,
         "backbone",
-        "warmstart",
-        {"dataset": source.fingerprint, "recipe": recipe, "start": start, "prompt": config.backbone.prompt, "dtype": config.backbone.dtype,
-         "seed": config.seed},
-    )  # fmt: skip
+        dataset=source.fingerprint,
+        recipe=recipe,
+        start=start,
+        prompt=config.backbone.prompt,
+        dtype=config.backbone.dtype,
+        seed=config.seed,
+    )
 
 
 def encoding(config: Config) -> str:
@@ -87,7 +93,12 @@ def encoding(config: Config) -> str:
 
 
 def store(config: Config) -> Artifact:
-    return _artifact(config, "store", "encode", {"encoding": encoding(config), "pool": dataset(config).manifest()["pool_sha256"]})
+    return _artifact(
+        config,
+        "store",
+        encoding=encoding(config),
+        pool=dataset(config).manifest()["pool_sha256"],
+    )
 
 
 def retriever(config: Config) -> Artifact:
@@ -96,10 +107,12 @@ def retriever(config: Config) -> Artifact:
     return _artifact(
         config,
         "retriever",
-        "train",
-        {"store": store(config).fingerprint, "questions": dataset(config).manifest()["questions_sha256"], "settings": settings,
-         "prompt": config.backbone.prompt, "seed": config.seed},
-    )  # fmt: skip
+        store=store(config).fingerprint,
+        questions=dataset(config).manifest()["questions_sha256"],
+        settings=settings,
+        prompt=config.backbone.prompt,
+        seed=config.seed,
+    )
 
 
 def tuned(config: Config, name: str) -> Artifact:
@@ -110,10 +123,13 @@ def tuned(config: Config, name: str) -> Artifact:
     return _artifact(
         config,
         "tuned",
-        "evaluate",
-        {"model": models.digest(name, settings), "settings": settings.model_dump(exclude={"model", "revision", "batch_size", "ivf"}),
-         "questions": facts["questions_sha256"], "pool": facts["pool_sha256"], "negatives": mined, "seed": config.seed},
-    )  # fmt: skip
+        model=models.digest(name, settings),
+        settings=settings.model_dump(exclude={"model", "revision", "batch_size", "ivf"}),
+        questions=facts["questions_sha256"],
+        pool=facts["pool_sha256"],
+        negatives=mined,
+        seed=config.seed,
+    )
 
 
 def dense(config: Config, name: str) -> DenseConfig:
@@ -156,10 +172,11 @@ def vectors(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     return _artifact(
         config,
         "vectors",
-        "evaluate",
-        {"weights": weights(config, name), "pool": facts["pool_sha256"], "shard_chunks": config.evaluate.shard_chunks,
-         "settings": settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune", "ivf"})},
-    )  # fmt: skip
+        weights=weights(config, name),
+        pool=facts["pool_sha256"],
+        shard_chunks=config.evaluate.shard_chunks,
+        settings=settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune", "ivf"}),
+    )
 
 
 def ranking(config: Config, name: str, marks: Marks | None = None) -> Artifact:
@@ -168,10 +185,12 @@ def ranking(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     return _artifact(
         config,
         "ranking",
-        "evaluate",
-        {"method": name, "pool": marks.facts["pool_sha256"], "questions": marks.facts["questions_sha256"],
-         "depth": config.evaluate.depths()[name], "made_of": _made_of(config, name, marks)},
-    )  # fmt: skip
+        method=name,
+        pool=marks.facts["pool_sha256"],
+        questions=marks.facts["questions_sha256"],
+        depth=config.evaluate.depths()[name],
+        made_of=_made_of(config, name, marks),
+    )
 
 
 def _made_of(config: Config, name: str, marks: Marks) -> object:
@@ -199,10 +218,12 @@ def answers(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     return _artifact(
         config,
         "answers",
-        "evaluate",
-        {"ranking": ranking(config, name, marks).fingerprint, "store": marks.store, "size": config.retriever.answer_size,
-         "prompt": config.backbone.prompt, "answer_tokens": config.backbone.answer_tokens},
-    )  # fmt: skip
+        ranking=ranking(config, name, marks).fingerprint,
+        store=marks.store,
+        size=config.retriever.answer_size,
+        prompt=config.backbone.prompt,
+        answer_tokens=config.backbone.answer_tokens,
+    )
 
 
 def results(config: Config) -> Artifact:
@@ -216,6 +237,9 @@ def results(config: Config) -> Artifact:
     return _artifact(
         config,
         "results",
-        "evaluate",
-        {"methods": judged, "order": config.evaluate.methods, "settings": settings, "expected": expected, "seed": config.seed},
+        methods=judged,
+        order=config.evaluate.methods,
+        settings=settings,
+        expected=expected,
+        seed=config.seed,
     )
