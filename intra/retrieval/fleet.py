@@ -31,8 +31,7 @@ class Holder:
 
     def __init__(self, opens: Callable[[], Source], keys: Keys, tile_chunks: int, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self._keys = keys.to(self._device)
+        self._device, self._keys = device, keys.to(device)
         self._source, self._tile_chunks = opens(), tile_chunks
         self._parts: dict[Part, Resident] = {}
         self._ask: tuple[Any, Ask] | None = None
@@ -42,7 +41,8 @@ class Holder:
             self._parts[row["part"]] = Resident(self._source, self._keys, row["part"], self._device)
         part, ask, form = self._parts[row["part"]], self._asked(row["ask"]), row["form"]
         if row["what"] == "components":
-            return {"result": pools.components(ask, self._keys, form, [part.of(mine) for mine in row["rows"]])}
+            union, places = pools.placed(row["rows"])
+            return {"result": pools.components(ask, self._keys, form, part.pooled(union), places)}
         scorer = ask.scorer(self._keys, form, scalars=True)
         tiles = part.tiles(self._tile_chunks)
         if row["what"] == "log_sums":
@@ -68,7 +68,7 @@ class Fleet:
 
     def __init__(
         self, opens: Callable[[], Source], rows: int, keys: Keys, *, workers: int, parts: int | None = None, threads: int = 1,
-        gpus: float = 0, tile_chunks: int = 2048, device: str = "auto",
+        gpus: float = 0, tile_chunks: int = 2048,
     ) -> None:  # fmt: skip
         """`opens` gives a worker the pool; `parts` is the number of ranges (the workers' where None), fewer where the pool is small."""
         import ray
@@ -76,8 +76,7 @@ class Fleet:
         size = aligned(-(-rows // (parts or workers)))
         self.parts: list[Part] = [(first, min(size, rows - first)) for first in range(0, rows, size)]
         self._rows, self._losses, self._most = rows, 0, cluster.DEATHS * workers
-        place = device if gpus == 0 and device not in ("auto", "cuda") else "cpu" if gpus == 0 else "cuda"
-        build = (opens, ray.put(keys.to("cpu")), aligned(tile_chunks), place, threads)
+        build = (opens, ray.put(keys.to("cpu")), aligned(tile_chunks), "cuda" if gpus else "cpu", threads)
         actor: Any = ray.remote(num_cpus=threads, num_gpus=gpus or None, max_restarts=0)(_Worker)
         self._start: Callable[[], Any] = lambda: actor.remote(Holder, *build)
         self.actors: list[Any] = [self._start() for _ in range(min(workers, max(1, len(self.parts))))]

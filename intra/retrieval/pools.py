@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -26,9 +27,14 @@ if TYPE_CHECKING:
     from intra.retrieval.retriever import Retriever
 
 
+MANY = 32  # one row in so many: from there on reading all tiles takes less than reading rows
+
+
 class Tile(NamedTuple):
     vectors: Tensor  # [n, P, d]
-    scalars: Tensor | None  # [L, G, n, P], of `Keys.scalars`
+    scalars: Tensor | None = None  # [L, G, n, P], of `Keys.scalars`
+    means: Tensor | None = None  # [n, d] of the vectors
+    mean_scalars: Tensor | None = None  # [L, G, n]
 
 
 Tiles = Iterable[tuple[int, Tile]]  # first row, tile
@@ -77,7 +83,7 @@ class Ask:
             return lambda tile: vectors(tile.vectors)
         if form.name == "linear":
             linear = Linear(self.queries, keys, self.weights, self.kind, temperature=self.temperature)
-            return lambda tile: linear(tile.vectors)
+            return lambda tile: linear(tile.vectors, tile.means, tile.mean_scalars)
         name = cheaper(keys, self.queries.shape, scalars) if form.name == "exact" else form.name
         kept = None if form.kept is None else torch.tensor(form.kept)
         layers = LayerScorer(self.queries, keys, self.weights, self.kind, form=name, temperature=self.temperature, kept=kept)
@@ -114,16 +120,19 @@ class Resident:
             if not self.vectors.numel():
                 self.vectors = torch.empty(count, *tile.shape[1:], dtype=keys.projections.dtype, device=device)
             self.vectors[row - first : row - first + len(tile)] = tile
-        self.scalars = torch.cat([keys.scalars(part) for part in self.vectors.split(ALIGN)], dim=2) if count else None
+        pieces = self.vectors.split(ALIGN)
+        self.means = torch.cat([piece.float().mean(dim=1).to(piece.dtype) for piece in pieces])
+        self.scalars = torch.cat([keys.scalars(piece) for piece in pieces], dim=2)
+        self.mean_scalars = torch.cat([keys.scalars(piece[:, None])[..., 0] for piece in self.means.split(ALIGN)], dim=2)
 
     def tiles(self, tile_chunks: int) -> Iterator[tuple[int, Tile]]:
         for start in range(0, len(self.vectors), tile_chunks):
             rows = slice(start, start + tile_chunks)
-            yield self.first + start, Tile(self.vectors[rows], None if self.scalars is None else self.scalars[:, :, rows])
+            scalars = self.scalars[:, :, rows], self.mean_scalars[:, :, rows]
+            yield self.first + start, Tile(self.vectors[rows], scalars[0], self.means[rows], scalars[1])
 
-    def of(self, rows: Sequence[int]) -> Tile:
-        place = torch.tensor(rows, device=self.vectors.device) - self.first
-        return Tile(self.vectors[place], None if self.scalars is None else self.scalars[:, :, place])
+    def pooled(self, rows: Sequence[int]) -> Tensor:
+        return self.vectors[torch.tensor(rows, dtype=torch.int64, device=self.vectors.device) - self.first]
 
 
 def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None) -> TopK:
@@ -134,13 +143,26 @@ def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None) -> To
     return scoring.top_k(tiles, lambda tile: scoring.log_mixture(scorer(tile), sums.to(tile.vectors.device)), k)
 
 
-def components(ask: Ask, keys: Keys, form: Form, tiles: Sequence[Tile]) -> list[Tensor]:
-    """Of each question for chunks of its own: [C, n_b] float32."""
+def components(ask: Ask, keys: Keys, form: Form, pooled: Tensor, places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Of each question for chunks of its own, `places` in pooled [N, P, d]: [C, n_b] float32."""
+    if ask.kind != "mixed" and form.name in ("exact", "head_space"):
+        layers = LayerScorer(ask.queries, keys, ask.weights, ask.kind, temperature=ask.temperature)
+        return [each.cpu() for each in layers.of_chosen(pooled, places)]
+    if form.name == "linear":  # so cheap that all are scored for all
+        z = ask.scorer(keys, form)(Tile(pooled)).cpu()
+        return [z[question][:, mine] for question, mine in enumerate(places)]
     found = []
-    for index, tile in enumerate(tiles):
-        scorer = ask.part(index).scorer(keys, form, tile.scalars is not None)
-        found.append(scorer(tile)[0].cpu() if len(tile.vectors) else torch.empty(0, 0))
+    for question, mine in enumerate(places):
+        scorer = ask.part(question).scorer(keys, form)
+        found.append(scorer(Tile(pooled[mine]))[0].cpu() if mine else torch.empty(1, 0))
     return found
+
+
+def placed(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The rows that occur, ascending, and the place of each question's among them."""
+    union = sorted({row for mine in rows for row in mine})
+    place = {row: index for index, row in enumerate(union)}
+    return union, [[place[row] for row in mine] for mine in rows]
 
 
 class Pool(Protocol):
@@ -174,13 +196,20 @@ class Local:
         return best(self._tiles(), ask.scorer(self.keys, form, self.in_memory), k, normalisers)
 
     def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        union, places = placed(rows)
+        return components(ask, self.keys, form, self._chosen(union).to(self.device), places)
+
+    def _chosen(self, rows: Sequence[int]) -> Tensor:
+        """The pooled vectors of ascending rows. Where many are wanted, whole tiles are read rather than rows."""
         if self.in_memory:
-            resident = self._loaded()
-            return components(ask, self.keys, form, [resident.of(mine) for mine in rows])
-        union = sorted({row for mine in rows for row in mine})
-        vectors, place = self.source.pooled(union), {row: index for index, row in enumerate(union)}
-        tiles = [Tile(vectors[[place[row] for row in mine]].to(self.device), None) for mine in rows]
-        return components(ask, self.keys, form, tiles)
+            return self._loaded().pooled(rows)
+        if len(rows) < ALIGN or len(rows) * MANY < len(self):
+            return self.source.pooled(rows)
+        found = []
+        for first, tile in self.source.tiles(self.tile_chunks):
+            mine = rows[bisect.bisect_left(rows, first) : bisect.bisect_left(rows, first + len(tile))]
+            found.append(tile[torch.tensor(mine, dtype=torch.int64) - first])
+        return torch.cat(found)
 
     def _loaded(self) -> Resident:
         if self._resident is None:

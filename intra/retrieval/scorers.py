@@ -25,7 +25,7 @@ chunk, e = head_dim, d = hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -197,6 +197,27 @@ class LayerScorer:
                     for mine in rows.split(step):
                         torch.mm(mine, panel, out=product[: len(mine)])
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def of_chosen(self, pooled: Tensor, places: Sequence[Sequence[int]]) -> list[Tensor]:
+        """In head space, of each question for chunks of its own: `places` in pooled [N, P, d] -> [C, n_b]. Keys are made once."""
+        keys, length = self.keys, pooled.shape[1]
+        flat = pooled.reshape(-1, pooled.shape[-1]).to(keys.projections.dtype)
+        index = [torch.tensor([*mine, *([0] * (-len(mine) % WIDE))], dtype=torch.int64, device=pooled.device) for mine in places]
+        found = [torch.zeros(self.components, len(mine), device=pooled.device) for mine in index]
+        made = -1
+        for head in self._heads:
+            if head.layer != made:
+                projected, made = keys.normed(flat, head.layer).unflatten(0, (-1, length)), head.layer
+            columns = torch.cat([panel[:, :width] for panel, width in head.panels], dim=1).unflatten(1, (self.questions, -1))
+            for question, (mine, total) in enumerate(zip(index, found, strict=True)):
+                rows = projected[mine, :, head.group].flatten(0, 1)
+                panel = torch.nn.functional.pad(columns[:, question], (0, -columns.shape[2] % WIDE))
+                product = (rows @ panel)[:, : columns.shape[2]].unflatten(0, (-1, length))
+                sums = product.amax(dim=1).unflatten(1, (-1, self.tokens)).sum(dim=2, dtype=torch.float32)  # [n, s]
+                for number, weight in enumerate(head.weights):
+                    total[head.layer if self.components > 1 else 0].addcmul_(sums[:, number], weight)
+        return [total[:, : len(mine)] for total, mine in zip(found, places, strict=True)]
+
     def _add(self, total: Tensor, pooled: Tensor, scalars: Tensor | None) -> None:
         count, length = pooled.shape[:2]
         dtype = self.keys.projections.dtype
@@ -280,25 +301,36 @@ class Linear:
     """A cheap stand-in for the components of `per_head` and `mixture`: of a chunk only the mean of its vectors.
 
     With one vector a chunk there is no maximum, so tokens and heads sum into one query vector for each layer and key-value head: what is
-    left is the keys of one vector a chunk instead of P, and H R / G times fewer products for each. Called as LayerScorer.
+    left is the keys of one vector a chunk instead of P, and H R / G times fewer products for each. Where means and their scalars are kept
+    in memory, no key is made for few questions: the query vectors are carried into the hidden space, as `reverse` does.
     """
 
     def __init__(self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, temperature: float = 1.0) -> None:
         """Raises UserError for a scoring it does not serve."""
         refuse("linear", kind)
         self.keys = keys
-        layers = queries.shape[1]
+        layers, (width, hidden) = queries.shape[1], (queries.shape[-1], keys.projections.shape[2])
         factors = weights.detach().float().to(queries.device) * (keys.scaling / temperature)
         summed = queries.detach().float().sum(dim=3) * factors[None, :, :, None] * keys.gains[None, :, None]  # [B, L, H, e]
         grouped = summed.unflatten(2, (keys.groups, -1)).sum(dim=3)  # [B, L, G, e]
-        self._columns = [grouped[:, layer].flatten(1).T.contiguous().to(keys.projections.dtype) for layer in range(layers)]
         self.questions, self.components = len(queries), layers if kind == "mixture" else 1
+        self._columns = [grouped[:, layer].flatten(1).T.contiguous().to(keys.projections.dtype) for layer in range(layers)]
+        self._lifted: Tensor | None = None  # [d, B * L * G]
+        if keys.biases is None and self.questions * hidden < width * (hidden + self.questions):  # operations a vector, layer and group
+            projections = keys.projections.unflatten(1, (keys.groups, -1))
+            lifted = torch.einsum("blge,lged->blgd", grouped.to(projections.dtype), projections)
+            self._lifted = lifted.flatten(0, 2).T.contiguous()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def __call__(self, pooled: Tensor) -> Tensor:
-        """pooled [N, P, d] -> [B, C, N] float32."""
-        total = torch.zeros(self.components, len(pooled), self.questions, device=pooled.device)
-        means = pooled.float().mean(dim=1).to(self.keys.projections.dtype)
+    def __call__(self, pooled: Tensor, means: Tensor | None = None, scalars: Tensor | None = None) -> Tensor:
+        """pooled [N, P, d] -> [B, C, N] float32; `means` [N, d] of the vectors and their scalars [L, G, N], where they are at hand."""
+        if means is None:
+            means = pooled.float().mean(dim=1).to(self.keys.projections.dtype)
+        if scalars is not None and self._lifted is not None:
+            parts = (means @ self._lifted).unflatten(1, (self.questions, *scalars.shape[:2]))  # [N, B, L, G]
+            layers = (parts * scalars.permute(2, 0, 1)[:, None]).sum(dim=3, dtype=torch.float32)  # [N, B, L]
+            return (layers if self.components > 1 else layers.sum(dim=2, keepdim=True)).permute(1, 2, 0)
+        total = torch.zeros(self.components, len(means), self.questions, device=means.device)
         for layer, columns in enumerate(self._columns):
             total[layer if self.components > 1 else 0] += self.keys.normed(means, layer).flatten(1) @ columns
         return total.permute(2, 0, 1)

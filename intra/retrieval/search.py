@@ -54,7 +54,7 @@ class Passes:
         self.query_batch, self.tile_chunks = query_batch, tile_chunks
         settings = search or SearchConfig()
         keys = Keys.of(backbone)
-        pool: Pool | None = _fleet(store, keys, settings, tile_chunks, str(backbone.device)) if settings.workers else None
+        pool: Pool | None = _fleet(store, keys, settings, tile_chunks) if settings.workers else None
         pool = pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory)
 
         def prune(ask: Ask) -> Form:
@@ -138,14 +138,14 @@ class Passes:
                 bar.update(len(batch))
 
 
-def _fleet(store: ChunkStore, keys: Keys, settings: SearchConfig, tile_chunks: int, device: str) -> Pool:
+def _fleet(store: ChunkStore, keys: Keys, settings: SearchConfig, tile_chunks: int) -> Pool:
     from intra.retrieval.fleet import Fleet
     from intra.store.reader import ChunkStore
 
     opens = functools.partial(ChunkStore, store.url)
     return Fleet(
         opens, len(store), keys, workers=settings.workers, parts=settings.parts, threads=settings.threads, gpus=settings.gpus_per_worker,
-        tile_chunks=tile_chunks, device=device,
+        tile_chunks=tile_chunks,
     )  # fmt: skip
 
 

@@ -120,6 +120,28 @@ def test_linear_is_exact_where_a_chunk_has_one_vector(kind: str, keys: Keys, sto
     torch.testing.assert_close(found, LayerScorer(queries, keys, weights, kind, temperature=0.5)(means), rtol=1e-5, atol=1e-4)
 
 
+@each_kind
+def test_linear_with_means_and_scalars_at_hand_makes_no_keys(
+    kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means = store.vectors.mean(dim=1)
+    scalars = keys.scalars(means[:, None])[..., 0]
+    linear = Linear(queries, keys, weights, kind)
+    expected = linear(store.vectors)
+    monkeypatch.setattr(Keys, "normed", None)
+    torch.testing.assert_close(linear(store.vectors, means, scalars), expected, rtol=1e-5, atol=1e-4)
+
+
+@each_kind
+def test_chosen_chunks_have_the_bits_they_have_in_a_tile(
+    kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor
+) -> None:
+    scorer = LayerScorer(queries, keys, weights, kind)
+    whole, places = scorer(store.vectors), [[3, 1, 59], [], [7] * 20]
+    for question, found in enumerate(scorer.of_chosen(store.vectors, places)):
+        assert torch.equal(found, whole[question][:, places[question]])
+
+
 def test_what_a_form_does_not_serve_is_refused(keys: Keys, queries: Tensor, weights: Tensor) -> None:
     with pytest.raises(UserError, match=r"search.scorer=int8 does not serve retriever.scoring=mixed"):
         LayerScorer(queries, keys, weights, "mixed", form="int8")
