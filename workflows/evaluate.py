@@ -21,6 +21,7 @@ from intra import cli, cluster, lineage
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import DenseConfig
+from intra.evaluation import parts
 from intra.evaluation import run as evaluation
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def plan(config: Config) -> list[str]:
     lines = [
         f"evaluate: results {artifact.url}: {questions:,} questions, {answers}, by {', '.join(names)}; done: {', '.join(done) or 'none'}"
     ]
-    missing = [source for source in evaluation.needed(config) if not source.complete()]
+    missing = [source for source in parts.needed(config) if not source.complete()]
     return lines + [f"evaluate: waits for the {source.kind} {source.url} (workflows/{source.made_by}.py)" for source in missing]
 
 
@@ -63,10 +64,10 @@ def _encode(config: Config) -> None:
     from intra.data.schema import read_pool
 
     url = lineage.dataset(config).url
-    pool, parts = read_pool(url), evaluation.Parts(config)
+    pool, made_of = read_pool(url), parts.Parts(config)
     todo = []
-    for name in evaluation.encoded(config):
-        if missing := parts.corpus(name, pool).missing():
+    for name in parts.encoded(config):
+        if missing := made_of.corpus(name, pool).missing():
             model = config.evaluate.models[name]
             if isinstance(model, DenseConfig) and model.tune is not None:
                 tuning.folder(config, name)  # by one process, before many read it
@@ -110,7 +111,7 @@ class EncodeShard:
         from intra.config import parse
         from intra.data.schema import read_pool
 
-        self._parts, self._pool = evaluation.Parts(parse(values)), read_pool(dataset)
+        self._parts, self._pool = parts.Parts(parse(values)), read_pool(dataset)
         self._corpus: Corpus | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:

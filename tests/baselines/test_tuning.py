@@ -17,7 +17,7 @@ from intra.config import Config
 from intra.data.schema import Pool, Question, read_pool, read_questions, to_parquet
 from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import DenseConfig
-from intra.evaluation.run import Parts
+from intra.evaluation.parts import Parts
 from intra.retrieval.negatives import Example
 from tests.baselines.conftest import sentences
 from workflows import prepare

@@ -1,0 +1,145 @@
+"""What an evaluation is made of: backbone, store, retriever, encoded corpora and the methods, each loaded when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from intra import cluster, lineage
+from intra.artifact import Artifact
+from intra.config import Config
+from intra.data.schema import Pool
+from intra.evaluate_config import CrossConfig, DenseConfig, FusionConfig, LateConfig, ModelConfig, RerankConfig
+from intra.method import Method, Rankings
+
+if TYPE_CHECKING:
+    from intra.backbone.model import Backbone
+    from intra.baselines.corpus import Corpus
+    from intra.retrieval.retriever import Retriever
+    from intra.store.reader import ChunkStore
+
+INTRINSIC = {"intra", "maxsim", "s0_reranked"}  # methods that need the chunk store and the retriever (S_0's settings are its own)
+
+
+class Parts:
+    """What methods and answers share, loaded when first used."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        import torch
+
+        from intra.backbone import model
+
+        torch.set_num_threads(self.config.evaluate.threads)
+        settings = self.config.backbone
+        return model.load(lineage.backbone(self.config).url, dtype=settings.dtype, device=settings.device, prompt=settings.prompt)
+
+    @cached_property
+    def store(self) -> ChunkStore:
+        from intra.store.reader import ChunkStore
+
+        return ChunkStore(lineage.store(self.config).url)
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        from intra.retrieval.retriever import Retriever
+
+        return Retriever.from_pretrained(lineage.retriever(self.config).url)
+
+    @cached_property
+    def intrinsic(self) -> dict[str, Method]:
+        from intra.retrieval import search
+
+        settings = self.config.retriever
+        if settings.search.workers:
+            cluster.connect(self.config)
+        passes = search.Passes(
+            self.backbone,
+            self.store,
+            self.retriever,
+            query_batch=settings.query_batch,
+            tile_chunks=settings.tile_chunks,
+            search=settings.search,
+        )
+        return {method.name: method for method in search.methods(passes, settings.answer_size, settings.answer_initial)}
+
+    def corpus(self, name: str, pool: Pool) -> Corpus:
+        """The pool as the dense or late baseline `name` encodes it."""
+        from intra.baselines import models, tuning
+        from intra.baselines.corpus import Corpus
+
+        evaluate, settings = self.config.evaluate, self.config.evaluate.models[name]
+        place = lineage.vectors(self.config, name)
+        if isinstance(settings, LateConfig):
+            late = settings
+            return Corpus(
+                name, place, pool, lambda: models.Late(name, late, evaluate.device, evaluate.threads), evaluate.shard_chunks, half=True
+            )
+        dense = lineage.dense(self.config, name)
+
+        def encoder() -> models.Dense:
+            tuned = tuning.folder(self.config, name) if dense.tune else None
+            return models.Dense(name, dense, evaluate.device, evaluate.threads, tuned)
+
+        return Corpus(name, place, pool, encoder, evaluate.shard_chunks, half=False)
+
+    def method(self, name: str, first: Callable[[str, int], Rankings]) -> Method:
+        """The method `name`. `first(other, depth)` gives another method's ranking."""
+        from intra.baselines import dense, lexical, reference, wrappers
+
+        model = self.config.evaluate.models.get(name)
+        if isinstance(model, FusionConfig):
+            fusion = model
+            return wrappers.Fusion(name, lambda: [first(part, fusion.depth) for part in fusion.of], fusion.k)
+        if isinstance(model, RerankConfig):
+            rerank = model
+            return wrappers.Rerank(name, lambda: first(rerank.of, rerank.depth), self._scorer(rerank.by))
+        if model is not None:
+            if isinstance(model, DenseConfig):
+                return dense.Dense(name, lambda pool: self.corpus(name, pool), model.ivf)
+            return dense.Late(name, lambda pool: self.corpus(name, pool))
+        if name in INTRINSIC:
+            return self.intrinsic[name]
+        if name == "bm25":
+            return lexical.BM25(self.config.evaluate.bm25)
+        if name == "tfidf":
+            return lexical.TfIdf()
+        return reference.Random(self.config.seed) if name == "random" else reference.Oracle(self.config.seed)
+
+    def _scorer(self, name: str) -> Any:
+        from intra.baselines import dense, models, wrappers
+
+        evaluate, model = self.config.evaluate, self.config.evaluate.models[name]
+        if isinstance(model, CrossConfig):
+            cross = model
+            return wrappers.CrossScorer(name, lambda: models.Cross(name, cross, evaluate.device, evaluate.threads))
+        return (dense.Late if isinstance(model, LateConfig) else dense.Dense)(name, lambda pool: self.corpus(name, pool))
+
+
+def encoded(config: Config) -> list[str]:
+    """The models whose corpora the methods need."""
+    found = []
+    for name in config.evaluate.depths():
+        model = config.evaluate.models.get(name)
+        name = model.by if isinstance(model, RerankConfig) else name
+        model = config.evaluate.models.get(name)
+        if isinstance(model, ModelConfig) and not isinstance(model, CrossConfig):
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def needed(config: Config) -> list[Artifact]:
+    """The artifacts an evaluation reads beside the dataset: the fewer, the fewer methods are asked for."""
+    artifacts = []
+    intrinsic = not INTRINSIC.isdisjoint(config.evaluate.depths())
+    tuned = any(isinstance(model := config.evaluate.models[name], DenseConfig) and model.tune for name in encoded(config))
+    if config.evaluate.answers or intrinsic or tuned:
+        artifacts += [lineage.backbone(config)] if config.backbone.train else []
+        artifacts.append(lineage.store(config))
+    if intrinsic or tuned:
+        artifacts.append(lineage.retriever(config))
+    return artifacts
