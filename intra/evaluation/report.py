@@ -76,12 +76,16 @@ def html(contents: Contents) -> str:
         costs=[{**cost, "cells": _cost_cells(cost)} for cost in contents.costs],
         weights=contents.weights,
         benchmarks=list(dict.fromkeys(item["benchmark"] for item in contents.asked)),
-        kinds=KINDS,
-        counts={kind: sum(kind in ("all", *item["kinds"]) for item in contents.asked) for kind in KINDS},
+        kinds={kind: f"{KINDS[kind]} ({count})" for kind, count in _counts(contents.asked).items() if count},
         asked=contents.asked,
         size=contents.size,
         config=json.dumps(contents.config, indent=1, ensure_ascii=False),
     )
+
+
+def _counts(asked: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many questions each filter leaves."""
+    return {kind: sum(kind in ("all", *item["kinds"]) for item in asked) for kind in KINDS}
 
 
 def drawn(contents: Contents) -> dict[str, list[Figure]]:
@@ -194,18 +198,18 @@ KINDS = {
 
 
 def sample(outcomes: Outcomes, questions: Sequence[Question], pool: Pool, size: int, count: int, seed: int) -> list[dict[str, Any]]:
-    """The questions that the report shows: `count` of each benchmark, drawn by seed and id, in the order of the questions.
+    """The questions that the report shows: `count` of each benchmark, drawn by seed and id, by benchmark and in the order of the questions.
 
     Each {question_id, benchmark, type, question, accepted, kinds, methods: [{method, answer, em, f1, complete, found: [passage number]}],
     passages: [{number, title, text, gold, ranks: {method: rank}}]}: the first `size` chunks of each method, and the gold.
     """
     drawn: list[Question] = []
-    for benchmark in dict.fromkeys(question.benchmark for question in questions):
+    for benchmark in sorted({question.benchmark for question in questions}):
         own = [question for question in questions if question.benchmark == benchmark]
-        own.sort(key=lambda question: hashlib.sha256(f"{seed} {question.question_id}".encode()).digest())
-        drawn += own[:count]
-    chosen = {question.question_id for question in drawn}
-    return [_asked(outcomes, question, pool, size) for question in questions if question.question_id in chosen]
+        lots = {question.question_id: hashlib.sha256(f"{seed} {question.question_id}".encode()).digest() for question in own}
+        chosen = set(sorted(lots, key=lots.__getitem__)[:count])
+        drawn += [question for question in own if question.question_id in chosen]
+    return [_asked(outcomes, question, pool, size) for question in drawn]
 
 
 def _asked(outcomes: Outcomes, question: Question, pool: Pool, size: int) -> dict[str, Any]:
