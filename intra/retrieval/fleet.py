@@ -42,7 +42,7 @@ class Holder:
         part, ask, form = self._parts[row["part"]], self._asked(row["ask"]), row["form"]
         if row["what"] == "components":
             union, places = pools.placed(row["rows"])
-            return {"result": pools.components(ask, self._keys, form, part.pooled(union), places)}
+            return {"result": pools.components(ask, self._keys, form, part.chosen(union), places)}
         scorer = ask.scorer(self._keys, form, scalars=True)
         tiles = part.tiles(self._tile_chunks)
         if row["what"] == "log_sums":

@@ -131,8 +131,9 @@ class Resident:
             scalars = self.scalars[:, :, rows], self.mean_scalars[:, :, rows]
             yield self.first + start, Tile(self.vectors[rows], scalars[0], self.means[rows], scalars[1])
 
-    def pooled(self, rows: Sequence[int]) -> Tensor:
-        return self.vectors[torch.tensor(rows, dtype=torch.int64, device=self.vectors.device) - self.first]
+    def chosen(self, rows: Sequence[int]) -> Tile:
+        place = torch.tensor(rows, dtype=torch.int64, device=self.vectors.device) - self.first
+        return Tile(self.vectors[place], self.scalars[:, :, place])
 
 
 def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None) -> TopK:
@@ -143,11 +144,14 @@ def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None) -> To
     return scoring.top_k(tiles, lambda tile: scoring.log_mixture(scorer(tile), sums.to(tile.vectors.device)), k)
 
 
-def components(ask: Ask, keys: Keys, form: Form, pooled: Tensor, places: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Of each question for chunks of its own, `places` in pooled [N, P, d]: [C, n_b] float32."""
+def components(ask: Ask, keys: Keys, form: Form, chosen: Tile, places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Of each question for chunks of its own, `places` among those chosen: [C, n_b] float32."""
+    pooled, scalars = chosen.vectors, chosen.scalars
     if ask.kind != "mixed" and form.name in ("exact", "head_space"):
-        layers = LayerScorer(ask.queries, keys, ask.weights, ask.kind, temperature=ask.temperature)
-        return [each.cpu() for each in layers.of_chosen(pooled, places)]
+        name = cheaper(keys, (1, *ask.queries.shape[1:]), scalars is not None) if form.name == "exact" else form.name
+        layers = LayerScorer(ask.queries, keys, ask.weights, ask.kind, form=name, temperature=ask.temperature)
+        index = (torch.tensor(mine, dtype=torch.int64, device=pooled.device) for mine in places)
+        return [each.cpu() for each in layers.of_chosen((pooled[at], None if scalars is None else scalars[:, :, at]) for at in index)]
     if form.name == "linear":  # so cheap that all are scored for all
         z = ask.scorer(keys, form)(Tile(pooled)).cpu()
         return [z[question][:, mine] for question, mine in enumerate(places)]
@@ -197,12 +201,11 @@ class Local:
 
     def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         union, places = placed(rows)
-        return components(ask, self.keys, form, self._chosen(union).to(self.device), places)
+        chosen = self._loaded().chosen(union) if self.in_memory else Tile(self._read(union).to(self.device))
+        return components(ask, self.keys, form, chosen, places)
 
-    def _chosen(self, rows: Sequence[int]) -> Tensor:
+    def _read(self, rows: Sequence[int]) -> Tensor:
         """The pooled vectors of ascending rows. Where many are wanted, whole tiles are read rather than rows."""
-        if self.in_memory:
-            return self._loaded().pooled(rows)
         if len(rows) < ALIGN or len(rows) * MANY < len(self):
             return self.source.pooled(rows)
         found = []

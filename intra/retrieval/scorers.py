@@ -25,7 +25,7 @@ chunk, e = head_dim, d = hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -198,25 +198,38 @@ class LayerScorer:
                         torch.mm(mine, panel, out=product[: len(mine)])
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def of_chosen(self, pooled: Tensor, places: Sequence[Sequence[int]]) -> list[Tensor]:
-        """In head space, of each question for chunks of its own: `places` in pooled [N, P, d] -> [C, n_b]. Keys are made once."""
-        keys, length = self.keys, pooled.shape[1]
-        flat = pooled.reshape(-1, pooled.shape[-1]).to(keys.projections.dtype)
-        index = [torch.tensor([*mine, *([0] * (-len(mine) % WIDE))], dtype=torch.int64, device=pooled.device) for mine in places]
-        found = [torch.zeros(self.components, len(mine), device=pooled.device) for mine in index]
-        made = -1
-        for head in self._heads:
-            if head.layer != made:
-                projected, made = keys.normed(flat, head.layer).unflatten(0, (-1, length)), head.layer
-            columns = torch.cat([panel[:, :width] for panel, width in head.panels], dim=1).unflatten(1, (self.questions, -1))
-            for question, (mine, total) in enumerate(zip(index, found, strict=True)):
-                rows = projected[mine, :, head.group].flatten(0, 1)
-                panel = torch.nn.functional.pad(columns[:, question], (0, -columns.shape[2] % WIDE))
-                product = (rows @ panel)[:, : columns.shape[2]].unflatten(0, (-1, length))
-                sums = product.amax(dim=1).unflatten(1, (-1, self.tokens)).sum(dim=2, dtype=torch.float32)  # [n, s]
+    def of_chosen(self, tiles: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        """head_space or reverse, of each question for chunks of its own: (pooled [n, P, d], scalars [L, G, n, P] or None) -> [C, n].
+
+        Its columns are taken out of the batch's, and what is worked on stays in the cache.
+        """
+        keys, tokens, columns = self.keys, self.tokens, []
+        for head in self._heads:  # [B, w, s * R and zeros]
+            together = (
+                torch.cat([panel[:, :width] for panel, width in head.panels], dim=1).unflatten(1, (self.questions, -1)).transpose(0, 1)
+            )
+            columns.append(torch.nn.functional.pad(together, (0, -together.shape[2] % WIDE)).contiguous())
+        found = []
+        for question, (pooled, scalars) in enumerate(tiles):
+            count, length = pooled.shape[:2]
+            missing = -count % WIDE
+            pooled = torch.nn.functional.pad(pooled, (0, 0, 0, 0, 0, missing))
+            flat = pooled.flatten(0, 1).to(keys.projections.dtype)
+            total, made = torch.zeros(self.components, len(pooled), device=pooled.device), -1
+            for head, mine in zip(self._heads, columns, strict=True):
+                if self.form == "head_space" and head.layer != made:
+                    projected, made = keys.normed(flat, head.layer), head.layer
+                product = (projected[:, head.group] if self.form == "head_space" else flat) @ mine[question]
+                product = product.unflatten(0, (-1, length))
+                if self.form == "reverse":
+                    rho = keys.scalars(pooled[:count]) if scalars is None else scalars
+                    product[:count] *= rho[head.layer, head.group, :, :, None].to(product.dtype)
+                maxima = product.amax(dim=1)[:, : len(head.weights) * tokens]
+                sums = maxima.unflatten(1, (-1, tokens)).sum(dim=2, dtype=torch.float32)  # [n, s]
                 for number, weight in enumerate(head.weights):
                     total[head.layer if self.components > 1 else 0].addcmul_(sums[:, number], weight)
-        return [total[:, : len(mine)] for total, mine in zip(found, places, strict=True)]
+            found.append(total[:, :count])
+        return found
 
     def _add(self, total: Tensor, pooled: Tensor, scalars: Tensor | None) -> None:
         count, length = pooled.shape[:2]

@@ -136,10 +136,12 @@ def test_linear_with_means_and_scalars_at_hand_makes_no_keys(
 def test_chosen_chunks_have_the_bits_they_have_in_a_tile(
     kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor
 ) -> None:
-    scorer = LayerScorer(queries, keys, weights, kind)
-    whole, places = scorer(store.vectors), [[3, 1, 59], [], [7] * 20]
-    for question, found in enumerate(scorer.of_chosen(store.vectors, places)):
+    scorer, reverse = LayerScorer(queries, keys, weights, kind), LayerScorer(queries, keys, weights, kind, form="reverse")
+    whole, scalars, places = scorer(store.vectors), keys.scalars(store.vectors), [[3, 1, 59], [], [7] * 20]
+    for question, found in enumerate(scorer.of_chosen((store.vectors[mine], None) for mine in places)):
         assert torch.equal(found, whole[question][:, places[question]])
+    for question, found in enumerate(reverse.of_chosen((store.vectors[mine], scalars[:, :, mine]) for mine in places)):
+        torch.testing.assert_close(found, whole[question][:, places[question]], rtol=1e-5, atol=1e-4)
 
 
 def test_what_a_form_does_not_serve_is_refused(keys: Keys, queries: Tensor, weights: Tensor) -> None:
