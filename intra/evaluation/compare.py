@@ -95,8 +95,9 @@ def text(a: Run, b: Run, found: Sequence[Record]) -> str:
     """For the terminal: the settings that differ, what only one run has, and a line a benchmark, method and metric of the main table."""
     lines = [f"A  {a.url}", f"B  {b.url}"]
     for key in sorted({*a.config, *b.config}):
-        if key.split(".")[0] not in APART and a.config.get(key) != b.config.get(key):
-            lines.append(f"   {key}: {a.config.get(key)} -> {b.config.get(key)}")
+        mine, its = (run.config.get(key, "(no such key)") for run in (a, b))  # a key that is younger than one of the runs
+        if key.split(".")[0] not in APART and mine != its:
+            lines.append(f"   {key}: {mine} -> {its}")
     for run, other, name in ((a, b, "A"), (b, a, "B")):
         only = [key for key in run.rows if key not in other.rows]
         methods = [method for method in dict.fromkeys(method for method, _ in only) if method not in {method for method, _ in other.rows}]

@@ -77,6 +77,7 @@ def test_the_command(runs: tuple[str, str], tmp_path: Path, capsys: pytest.Captu
     longer = save(tmp_path / "longer", {"intra": [1.0] * 5}, {}, first=COUNT - 2)
     assert evaluate.main(["--compare", a, longer]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "   seed: 0 -> (no such key)" in lines
     assert f"   {COUNT - 2} questions only in A" in lines
     assert "   3 questions only in B" in lines
 
