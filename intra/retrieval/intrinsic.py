@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from intra.config import SearchConfig
 
 CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
+DEPTH = 20  # of the ranking that is compared where none was asked for
 AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
 AUTO_BATCH = 4  # questions: from so many on the keys of a tile are shared by enough, and a GPU needs no approximation
 _SCANS = {"cascade": Form("linear"), "int8": Form("int8")}
@@ -144,7 +145,7 @@ class Searcher:
     def normalisers(self, ask: Ask) -> Tensor | None:
         """[B, C] of a mixture, as `find` takes them."""
         name = self.scorer(ask)
-        return self.find(ask, 1).normalisers if name in _SCANS else self.pool.log_sums(ask, Form(name))
+        return self.find(ask, DEPTH).normalisers if name in _SCANS else self.pool.log_sums(ask, Form(name))
 
     def scorer(self, ask: Ask) -> str:
         """The scorer for such a batch, by the rule above."""
