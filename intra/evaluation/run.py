@@ -362,6 +362,7 @@ def _facts(config: Config, artifact: Artifact, dataset: Mapping[str, Any], sourc
         **sources,
         "seed": str(config.seed),
         "commit": tracking.commit(),
+        "device": tracking.device(),
         "MLflow": tracking.how_to_open(config),
     }
 
