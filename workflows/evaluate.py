@@ -1,7 +1,7 @@
 """Evaluates the methods on the test questions: recall from their rankings, answers of the same backbone from stored states.
 
     python workflows/evaluate.py --config configs/quickstart.yaml
-    python workflows/evaluate.py --config configs/nightly.yaml --expect > configs/expected-nightly.yaml     # to judge later nights by
+    python workflows/evaluate.py --config configs/nightly.yaml --expect > accepted.yaml     # to judge later nights by
     python workflows/evaluate.py --compare runs/a runs/b             # two runs side by side, with paired significance
     python workflows/evaluate.py --config configs/quickstart.yaml evaluate.methods=[bm25,tfidf] evaluate.answers=false     # dataset only
     ray job submit --working-dir . -- python workflows/evaluate.py --config configs/paper.yaml root=s3://bucket/run
