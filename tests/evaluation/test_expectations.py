@@ -122,7 +122,7 @@ def test_mistakes_of_a_file(tmp_path: Path, text: str | None, problem: str) -> N
 def test_the_nightly_configuration_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     config = configuration.load("configs/nightly.yaml")
-    assert config.evaluate.expected == [str(CONFIGS / "expected-nightly.yaml")]
+    assert config.evaluate.expected == [str(CONFIGS / "expected/nightly.yaml")]
     expected = expectations.load(config.evaluate.expected[0])
     assert expected.gate
     assert expected.bound
@@ -134,7 +134,7 @@ def test_the_nightly_configuration_is_judged(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_papers_values() -> None:
     """Every line has the methods of its table; means are the means of what they are of; figure 3 and table 7 agree with table 4."""
-    expected = expectations.load(str(CONFIGS / "expected-paper.yaml"))
+    expected = expectations.load(str(CONFIGS / "expected/paper.yaml"))
     assert not expected.gate
     values = {
         (line.source, str(line.benchmark), line.metric, name): line.expected(name)[0] for line in expected.lines for name in line.values
