@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 ROOT ?= runs/quickstart
-# Two test processes, a file in one of them: the tests that start Ray wait more than they work.
+# Two test processes, a file in one of them: the tests that start Ray wait more than they work. Not the slow ones: clusters of two kill each other.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
 .PHONY: setup quickstart ui test test-slow lint format clean
@@ -28,7 +28,7 @@ test: $(SETUP)
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-slow: $(SETUP)
-	$(BIN)/python -m pytest -m slow $(WORKERS)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -48,6 +48,7 @@ from intra.store.format import (
     WHITENING,
     Commit,
     Shard,
+    committed,
     file_name,
     path,
     pooled_dtype,
@@ -164,14 +165,17 @@ class EncodeCommit:
     def __call__(self, row: Mapping[str, Any]) -> Row:
         lengths, token_lists = tokens_of(row)
         shard = Shard(int(row["shard"]), int(row["first"]), int(row["rows"]), row.get("content", ""))
+        commit = self._before(shard)
         with self._computes:
             torch.set_num_threads(self.threads)  # of this thread
             started = time.time()
-            states, pooled = encode(
-                self.backbone, token_lists, self.pooled_length, self.batch_tokens, torch_dtype(self.dtype), self.scale
-            )  # fmt: skip
+            if commit is None:
+                states, pooled = encode(
+                    self.backbone, token_lists, self.pooled_length, self.batch_tokens, torch_dtype(self.dtype), self.scale
+                )  # fmt: skip
             encoded = time.time()
-        commit = write_shard(self.store, shard, lengths, states, pooled)
+        if commit is None:
+            commit = write_shard(self.store, shard, lengths, states, pooled)
         return {
             "shard": shard.number,
             "rows": shard.rows,
@@ -184,6 +188,12 @@ class EncodeCommit:
             "compute": encoded - started,
             "ended": time.time(),
         }
+
+    def _before(self, shard: Shard) -> Commit | None:
+        """The commit of a worker that died before it could say so: Ray gives its shard to another, and what is committed stays as it is."""
+        if not storage.exists(path(self.store.url, COMMIT, shard.name)):
+            return None
+        return committed(self.store, [shard]).get(shard.number)
 
 
 class Sample:

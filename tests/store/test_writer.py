@@ -151,3 +151,25 @@ def test_states_file_is_plain_safetensors(made: Made) -> None:
     tensors = load(storage.read_bytes(path(made.url, STATES, "00000")))
     assert list(tensors) == ["states"]
     assert torch.equal(tensors["states"], torch.cat(made.states[:5]))
+
+
+def test_a_committed_shard_stays_as_it_is_when_it_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+    """A worker may die between its commit and its report; Ray then gives the shard to another."""
+    encoder, ids = FakeEncoder(), token_lists(4)
+    monkeypatch.setattr(writer, "_load", lambda source: encoder)
+    store = Artifact("store", root, "x", "encode")
+    work = writer.EncodeCommit(store, writer.Source("m", None, "b" * 64, "float32", "cpu", 1), POOLED, 64, "float32")
+    flat = torch.tensor([token for mine in ids for token in mine], dtype=torch.int32)
+    lengths = torch.tensor([len(mine) for mine in ids], dtype=torch.int32)
+    row = {"shard": 0, "first": 0, "rows": 4, "ids": flat.numpy().tobytes(), "lengths": lengths.numpy().tobytes(), "memory": 0}
+    first, before = work(row), contents(root)
+    encoder.table += 1  # it would write something else
+    again = work(row)
+    assert {key: again[key] for key in ("shard", "rows", "tokens", "bytes")} == {
+        key: first[key] for key in ("shard", "rows", "tokens", "bytes")
+    }
+    assert contents(root) == before
+    name = next(name for name in before if name.startswith(COMMIT))
+    storage.write_bytes(storage.join(root, name), before[name].replace(b"1", b"2"))  # a commit that cannot be trusted
+    work(row)
+    assert contents(root) != before
