@@ -117,7 +117,7 @@ class EvaluateConfig(Section):
     bootstrap: int = Field(1000, ge=100, description="resamples of the 95 % intervals")
     permutations: int = Field(10000, ge=100, description="of the paired tests against the first method")
     report_questions: int = Field(50, ge=0, description="questions of each benchmark that the report shows, drawn by the seed")
-    expected: list[str] = Field([], description="files of expected values the results are judged against (configs/expected-*.yaml)")
+    expected: list[str] = Field([], description="files of expected values the results are judged against (configs/expected/*.yaml)")
     shard_chunks: int = Field(4096, ge=1, description="texts a shard of an encoded corpus")
     device: str = Field("auto", description="of the baselines' models: auto | cpu | cuda")
     workers: int = Field(1, ge=1, description="encoders of a corpus at once; one that asks for no GPU works without Ray")

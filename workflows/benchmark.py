@@ -19,6 +19,7 @@ from typing import Any
 
 from intra import cli, storage, tracking
 from intra.config import Config
+from intra.errors import UserError
 
 Record = dict[str, Any]  # name (str), value (float), unit (str)
 
@@ -70,13 +71,16 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(f"{record['name']:{width}}  {record['value']:>12,.4g} {record['unit']}".rstrip() for record in records)
 
 
+def _refuse(name: str) -> None:
+    raise UserError(f"benchmark '{name}': there is no such one; name {' or '.join(BENCHMARKS)} first")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status, as cli.main."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments.pop(0) if arguments and arguments[0] not in ("-h", "--help") else ""
     if name not in BENCHMARKS and not {"-h", "--help"} & set(arguments):
-        print(f"error: benchmark '{name}': there is no such one; name {' or '.join(BENCHMARKS)} first", file=sys.stderr)
-        return 2
+        return cli.status(functools.partial(_refuse, name))
     return cli.main(__doc__, functools.partial(plan, name), functools.partial(run, name), arguments)
 
 

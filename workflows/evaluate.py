@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from intra import cli, cluster, lineage
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
-from intra.evaluate_config import DenseConfig
+from intra.evaluate_config import DenseConfig, EvaluateConfig
 from intra.evaluation import parts
 from intra.evaluation import run as evaluation
 
@@ -138,7 +138,7 @@ def compare(places: Sequence[str]) -> str:
     if len(places) != 2:
         raise UserError("usage: workflows/evaluate.py --compare RUN_A RUN_B (each a root, or a folder of its results)")
     a, b = map(compare.read, places)
-    settings = Config(root="").evaluate
+    settings = EvaluateConfig()  # as many resamples as usual
     return compare.text(a, b, compare.compare(a, b, settings.permutations, settings.bootstrap, 0))
 
 

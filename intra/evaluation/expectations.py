@@ -84,7 +84,7 @@ def load(url: str) -> Expectations:
     try:
         values = yaml.safe_load(storage.read_bytes(url))
     except FileNotFoundError:
-        raise UserError(f"evaluate.expected: no file {url}; configs/expected-*.yaml come with the project") from None
+        raise UserError(f"evaluate.expected: no file {url}; configs/expected/*.yaml come with the project") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{url}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
