@@ -234,6 +234,8 @@ class Searches:
 
     def cost(self, name: str) -> dict[str, float | None]:
         """What index and search took when they were made, seconds and operations with those of the parts; None: not written down then."""
+        for part in self._all_of(name):
+            self.ranking(part)  # the method's own may be complete where a part's, deeper this time or deleted, is not
         made = [lineage.ranking(self.parts.config, part, self.marks).manifest() for part in self._all_of(name)]
         found: dict[str, float | None] = {key: sum(facts[key] for facts in made) for key in ("index_seconds", "search_seconds")}
         counted = [facts["operations"] for facts in made if facts.get("operations") is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,22 @@ def test_an_interrupted_evaluation_goes_on(
     first, second = lineage.results(config), lineage.results(again)
     for name in ("results.json", "per_question.parquet"):
         assert storage.read_bytes(first.path(name)) == storage.read_bytes(second.path(name))
+
+
+def test_a_part_that_is_not_there_is_made_again(finished: tuple[Config, str], ledger: str, tmp_path: Path) -> None:
+    """INTRA's ranking is complete, but not that of S_0, whose cost is part of its own."""
+    config, _ = finished
+    alone = config.evaluate.model_copy(update={"methods": ["intra"], "answers": False})
+    track = configuration.TrackingConfig(experiment="trial", uri=ledger)
+    again = config.model_copy(update={"root": str(tmp_path), "tracking": track, "evaluate": alone})
+    for kind in ("dataset", "store", "retriever"):
+        Path(tmp_path, kind).symlink_to(Path(config.root, kind))
+    made = lineage.ranking(config, "intra")
+    shutil.copytree(made.url, tmp_path / "ranking" / made.fingerprint)
+    assert lineage.ranking(again, "intra").complete()
+    evaluate.run(again)
+    assert lineage.ranking(again, "maxsim").complete()
+    assert {row["method"] for row in table(again)} == {"intra"}
 
 
 def test_lexical_methods_need_the_dataset_only(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
