@@ -26,8 +26,14 @@ from intra.store_config import StoreConfig
 
 
 class ArchitectureConfig(Section):
-    """Size of a backbone that is made from scratch (T5Gemma 2 classes, random weights)."""
+    """Size of a backbone that is made from scratch (T5Gemma 2 classes, random weights).
 
+    With `encoder`, the size of the decoder alone, over that encoder, frozen (intra/backbone/adopted.py); its tokenizer is the encoder's.
+    """
+
+    encoder: str | None = Field(None, description="a BERT: its directory, or package:NAME/FOLDER of an installed Python package")
+    encoder_sample: int = Field(2000, ge=1, description="the pool's chunks that the frozen encoder's states are whitened by")
+    matching_heads: int = Field(0, ge=0, description="heads that begin as the identity, over a frozen encoder; not all of them")
     hidden_size: int = Field(96, ge=8)
     intermediate_size: int = Field(256, ge=8)
     encoder_layers: int = Field(2, ge=1)
@@ -42,6 +48,15 @@ class ArchitectureConfig(Section):
     def _check(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError("backbone.architecture.heads must be a multiple of backbone.architecture.kv_heads")
+        if self.encoder is None and self.matching_heads:
+            raise ValueError("backbone.architecture.matching_heads needs a backbone.architecture.encoder")
+        if self.encoder is not None:
+            if self.heads != self.kv_heads or self.matching_heads >= self.heads:
+                raise ValueError("backbone.architecture: over an encoder, heads must equal kv_heads and be more than matching_heads")
+            if self.matching_heads and (
+                self.hidden_size % (2 * self.matching_heads) or self.hidden_size // self.matching_heads > self.head_dim
+            ):
+                raise ValueError("backbone.architecture: hidden_size / matching_heads must be even and at most head_dim")
         return self
 
 
@@ -85,10 +100,14 @@ class WarmstartConfig(Section):
     comparison: float = Field(0.25, ge=0, le=1, description="share of comparisons among the questions that are no bridges (synthetic)")
     name_parts: list[int] | None = Field(None, description="words of names, drawn for each mini-world; null takes the pool's (synthetic)")
     distractors: int = Field(8, ge=0, description="random chunks a question, packed beside the gold ones (other sources)")
+    bm25_distractors: int = Field(0, ge=0, description="of those, at most so many from BM25's first 50 that are not gold (other sources)")
+    cloze_share: float = Field(0.0, ge=0, le=1, description="share of the worlds with questions made of the passages (other sources)")
     extra_chunks: int = Field(0, ge=0, description="further chunks a micro-batch, negatives of the retrieval and hop losses alone")
+    extra_from: int | None = Field(None, ge=1, description="the pool's chunks that these are drawn from; null: all (other sources)")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="of the layers' matrices; all else is AdamW's")
     learning_rate: float = Field(3e-3, gt=0, description="for embeddings and norms")
     matrix_learning_rate: float = Field(0.02, gt=0, description="for the layers' weight matrices")
+    matching_rate: float = Field(0.1, ge=0, le=1, description="of those, for the matching heads over a frozen encoder")
     weight_decay: float = Field(0.0, ge=0, description="of the weight matrices")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     warmup_steps: int = Field(50, ge=0)
@@ -128,6 +147,8 @@ class WarmstartConfig(Section):
             raise ValueError("backbone.warmstart.batch_size must be a multiple of backbone.warmstart.micro_batch")
         if self.batch_size // self.micro_batch % self.workers:
             raise ValueError("backbone.warmstart.batch_size / micro_batch must be a multiple of backbone.warmstart.workers")
+        if self.bm25_distractors > self.distractors:
+            raise ValueError("backbone.warmstart.bm25_distractors must not exceed backbone.warmstart.distractors")
         if self.probes > self.probe_span:
             raise ValueError("backbone.warmstart.probes must not exceed backbone.warmstart.probe_span")
         return self
@@ -149,6 +170,8 @@ class BackboneConfig(Section):
     def _check(self) -> Self:
         if "{question}" not in self.prompt:
             raise ValueError("backbone.prompt must contain {question}")
+        if self.architecture.encoder is not None and self.warmstart.shard:
+            raise ValueError("backbone.warmstart.shard does not serve backbone.architecture.encoder; set one of them to its default")
         return self
 
 

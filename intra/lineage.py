@@ -45,11 +45,11 @@ def from_scratch(config: Config) -> bool:
 
 def dataset(config: Config) -> Artifact:
     architecture = config.backbone.architecture
-    tokenizer: object = (
-        {"scratch": architecture.tokenizer, "vocabulary": architecture.vocabulary}
-        if from_scratch(config)
-        else locate.tokenizer_digest(config.backbone.model, config.backbone.revision)
-    )
+    tokenizer: object = locate.tokenizer_digest(config.backbone.model, config.backbone.revision) if not from_scratch(config) else None
+    if from_scratch(config) and architecture.encoder is not None:
+        tokenizer = locate.encoder_digest(architecture.encoder, locate.TOKENIZER_FILES)
+    elif from_scratch(config):
+        tokenizer = {"scratch": architecture.tokenizer, "vocabulary": architecture.vocabulary}
     return _artifact(
         config,
         "dataset",
@@ -66,11 +66,7 @@ def backbone(config: Config) -> Artifact:
         return Artifact("backbone", str(locate.resolve(config.backbone.model, config.backbone.revision)), mark, "warmstart")
     source = dataset(config)
     recipe = config.backbone.warmstart.model_dump(exclude={"checkpoint_every", "workers"})
-    start: object = (
-        config.backbone.architecture.model_dump()
-        if from_scratch(config)
-        else locate.digest(config.backbone.model, config.backbone.revision)
-    )
+    start: object = _architecture(config) if from_scratch(config) else locate.digest(config.backbone.model, config.backbone.revision)
     return _artifact(
         config,
         "backbone",
@@ -81,6 +77,13 @@ def backbone(config: Config) -> Artifact:
         dtype=config.backbone.dtype,
         seed=config.seed,
     )
+
+
+def _architecture(config: Config) -> object:
+    size = config.backbone.architecture
+    if size.encoder is None:
+        return size.model_dump(exclude={"encoder", "encoder_sample", "matching_heads"})
+    return [size.model_dump(exclude={"encoder", "vocabulary", "tokenizer", "encoder_layers"}), locate.encoder_digest(size.encoder)]
 
 
 def encoding(config: Config) -> str:

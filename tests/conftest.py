@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,41 @@ def s3_root(s3_server: str) -> str:
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty root, once on the local disk and once on S3."""
     return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_root")
+
+
+def make_bert(path: Path, words: Iterable[str]) -> Path:
+    """The directory of a tiny BERT with random weights and a WordPiece tokenizer of the words, whose file cuts texts at 8 tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    entries = list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", ",", "?", ":", "'", "s", "question", "answer", *sorted(words)]))
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(entries)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.enable_truncation(8)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        BertModel(
+            BertConfig(vocab_size=len(entries), hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
+            add_pooling_layer=False,
+        ).save_pretrained(path)
+    return path
+
+
+def write_world(data: Path) -> None:
+    """A synthetic world of 60 chunks as the files that `data.source: jsonl` reads: passages.jsonl, questions/b.<split>.jsonl."""
+    from intra.config import SyntheticConfig
+    from intra.data import synthetic
+
+    passages, questions = synthetic.generate(SyntheticConfig(chunks=60, train_questions=24, test_questions=6), 0)
+    (data / "questions").mkdir(parents=True)
+    texts = [{"id": item.passage_id, "title": item.title, "text": item.text} for item in passages]
+    (data / "passages.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    for split in ("train", "test"):
+        rows = [{"id": item.question_id, "question": item.question, "answers": list(item.answers), "gold_ids": list(item.gold_ids)}
+                for item in questions if item.split == split]  # fmt: skip
+        (data / "questions" / f"b.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

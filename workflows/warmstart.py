@@ -33,6 +33,7 @@ from intra.errors import UserError, WorkflowError
 
 READING_QUESTIONS = 300  # of the test split, for the model card's scores
 READING_CHUNKS = 5
+NEAR = 50  # of BM25's ranking of a question, from which distractors are drawn
 CURVE = "curve.json"  # of a checkpoint: the rows so far
 POLL = 2.0  # seconds between two looks at the progress, and between two notes of it
 
@@ -45,7 +46,10 @@ def plan(config: Config) -> list[str]:
     if backbone.complete():
         return [f"warmstart: backbone {backbone.url} is complete"]
     recipe = config.backbone.warmstart
-    start = "random weights" if lineage.from_scratch(config) else f"'{config.backbone.model}'"
+    start = f"'{config.backbone.model}'"
+    if lineage.from_scratch(config):
+        encoder = config.backbone.architecture.encoder
+        start = "random weights" if encoder is None else f"the frozen encoder '{encoder}'"
     stages = "".join(f"; stage {stage.name} {stage.share:.0%}" for stage in recipe.stages or [])
     split = " that share the weights" if recipe.shard and recipe.workers > 1 else ""
     waits = "" if dataset.complete() else f"; waits for the dataset {dataset.url} (workflows/prepare.py)"
@@ -83,7 +87,7 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
     started = time.monotonic()
     checkpoint = _fit(config, training, step)
     seconds = time.monotonic() - started
-    module = _module(config, dataset.url)
+    module = _module(config, dataset.url, weights=False)
     with checkpoint.as_directory() as folder:
         training_steps.load(module, None, Path(folder))
         rows = json.loads((Path(folder) / CURVE).read_text())
@@ -196,6 +200,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     from intra.backbone import curriculum, warmstart
     from intra.config import parse
+    from intra.data import cloze
     from intra.data.schema import read_pool, read_questions
 
     config = parse(settings["config"])
@@ -220,7 +225,10 @@ def _worker(settings: dict[str, Any]) -> None:
     if config.data.source == "synthetic":
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
-        batches = curriculum.question_batches(config, module.backbone, read_pool(dataset), read_questions(dataset, "train"), rank, workers)
+        pool, questions = read_pool(dataset), read_questions(dataset, "train")
+        near = _near(pool, questions) if recipe.bm25_distractors else None
+        made = cloze.questions(pool, config.seed) if recipe.cloze_share else []
+        batches = curriculum.question_batches(config, module.backbone, pool, questions, rank, workers, near, made)
     fresh = curriculum.fresh_batches(config, module.backbone)
     log = tracking.attach(*settings["tracking"]) if rank == 0 else None
     noted = float("-inf")
@@ -261,19 +269,49 @@ def _worker(settings: dict[str, Any]) -> None:
     )
 
 
-def _module(config: Config, dataset: str) -> Any:
-    """The backbone in training, at its start: random weights and the tokenizer of the dataset (its URL), or the given model; float32."""
-    from intra.backbone import locate, model, tiny, warmstart
+def _near(pool: Any, questions: Sequence[Any]) -> dict[str, list[int]]:
+    """BM25's first chunks of each question that share a word with it, by question id: rows of the pool."""
+    from intra.baselines.lexical import BM25
+
+    method = BM25()
+    method.index(pool)
+    return {key: [pool.row_of[chunk] for chunk, score in found if score > 0] for key, found in method.search(questions, NEAR).items()}
+
+
+def _module(config: Config, dataset: str, weights: bool = True) -> Any:
+    """The backbone in training, at its start: random weights and the tokenizer of the dataset (its URL), or the given model; float32.
+
+    `weights` false: they are read from a checkpoint afterwards, so what takes long to make of them is left out.
+    """
+    from intra.backbone import adopted, locate, model, tiny, warmstart
 
     if lineage.from_scratch(config):
         tokenizer = locate.load_tokenizer(storage.join(dataset, "tokenizer"))
-        built = tiny.build(config.backbone.architecture, tokenizer, config.seed)
+        if config.backbone.architecture.encoder is not None:
+            built = adopted.build(
+                config.backbone.architecture, tokenizer, config.seed, _sample(config, dataset, tokenizer) if weights else ()
+            )
+        else:
+            built = tiny.build(config.backbone.architecture, tokenizer, config.seed)
         backbone = model.Backbone(built, tokenizer, config.backbone.prompt)
     else:
         backbone = model.load(config.backbone.model, config.backbone.revision, dtype="float32", device="cpu", prompt=config.backbone.prompt)
     backbone.model.requires_grad_(True)
+    if backbone.echo:
+        adopted.freeze(backbone.model)
     recipe = config.backbone.warmstart
     return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring, recipe.head_weights == "equal")
+
+
+def _sample(config: Config, dataset: str, tokenizer: Any) -> list[list[int]]:
+    """Encoder inputs of some of the pool's chunks."""
+    from intra.backbone import curriculum, locate
+    from intra.data.chunking import chunk_text
+    from intra.data.schema import read_pool
+
+    pool = read_pool(dataset)
+    rows = curriculum.extra_rows(len(pool), config.backbone.architecture.encoder_sample, config.seed)
+    return locate.token_ids(tokenizer, [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows])
 
 
 # -- the curve --------------------------------------------------------------------------------------------------------
@@ -380,9 +418,13 @@ def _card(
         if supervised
         else "Trained on answers alone, without any supervision of retrieval."
     )
+    heads = f"{architecture.heads} heads, {architecture.kv_heads} key-value heads"
     start = (
-        f"random weights ({architecture.encoder_layers} encoder and {architecture.decoder_layers} decoder layers, hidden size "
-        f"{architecture.hidden_size}, {architecture.heads} heads, {architecture.kv_heads} key-value heads)"
+        f"the frozen encoder `{architecture.encoder}`, its states whitened, and a decoder of {architecture.decoder_layers} layers "
+        f"(hidden size {architecture.hidden_size}, {heads}) whose first {architecture.matching_heads} heads began as the identity"
+        if lineage.from_scratch(config) and architecture.encoder is not None
+        else f"random weights ({architecture.encoder_layers} encoder and {architecture.decoder_layers} decoder layers, hidden size "
+        f"{architecture.hidden_size}, {heads})"
         if lineage.from_scratch(config)
         else f"`{config.backbone.model}`"
     )

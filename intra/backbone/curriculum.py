@@ -9,7 +9,7 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from intra.backbone.model import Backbone
@@ -228,15 +228,19 @@ def world_size(rng: random.Random, step: int, recipe: WarmstartConfig) -> int:
 
 
 def question_batches(
-    config: Config, backbone: Backbone, pool: Pool, questions: Sequence[Question], rank: int = 0, workers: int = 1
-) -> Batches:
+    config: Config, backbone: Backbone, pool: Pool, questions: Sequence[Question], rank: int = 0, workers: int = 1,
+    near: Mapping[str, Sequence[int]] | None = None, made: Sequence[Question] = (),
+) -> Batches:  # fmt: skip
     """Step -> this worker's micro-batches of the dataset's questions: each world has some questions, their gold and distractors.
 
-    `recipe.questions` questions share a world of their gold chunks (one of each group) and `recipe.distractors` random chunks
-    a question. Questions come in epochs, each in another order.
+    `recipe.questions` questions share a world of their gold chunks (one of each group) and `recipe.distractors` further chunks
+    a question: `recipe.bm25_distractors` of them, as far as there are so many, from the rows that `near` gives for its id, the others at
+    random. Questions come in epochs, each in another order. A share `recipe.cloze_share` of the worlds has questions of `made` instead,
+    drawn at random.
     """
     recipe = config.backbone.warmstart
     answered = [question for question in questions if question.answers and question.gold]
+    bank = extra_rows(len(pool), recipe.extra_from, config.seed)
 
     def epoch(number: int) -> list[int]:
         order = list(range(len(answered)))
@@ -255,7 +259,7 @@ def question_batches(
 
     def batches(step: int) -> list[Batch]:
         now = stage_at(recipe, step).recipe
-        made = []
+        micros = []
         for micro in _micros(recipe.batch_size, recipe.micro_batch, rank, workers):
             worlds = []
             seen: set[int] = set()  # rows of the micro-batch's chunks, and all that answer its questions
@@ -263,10 +267,18 @@ def question_batches(
                 index = step * recipe.batch_size + number
                 rng = random.Random(f"intra warm start {config.seed} {index}")
                 drawn = [draw(index * recipe.questions + offset) for offset in range(recipe.questions)]
+                if made and rng.random() < recipe.cloze_share:
+                    drawn = rng.sample(made, min(recipe.questions, len(made)))
                 gold = [[pool.row_of[rng.choice(group)] for group in question.gold] for question in drawn]
                 rows = list(dict.fromkeys(row for group in gold for row in group))
                 taken = {pool.row_of[chunk] for question in drawn for group in question.gold for chunk in group}
-                wanted = min(recipe.distractors * len(drawn), len(pool) - len(taken))
+                found = []
+                for question in drawn:
+                    beside = [row for row in (near or {}).get(question.question_id, ()) if row not in taken]
+                    found += rng.sample(beside, min(recipe.bm25_distractors, len(beside)))
+                    taken.update(found)
+                rows += found
+                wanted = min(recipe.distractors * len(drawn) - len(found), len(pool) - len(taken))
                 while wanted > 0:
                     row = rng.randrange(len(pool))
                     if row not in taken:
@@ -291,19 +303,21 @@ def question_batches(
             extra, kept = [], []
             if now.extra_chunks and (now.losses.retrieval or now.losses.hop):
                 rng = random.Random(f"intra warm start extra {config.seed} {step * recipe.batch_size + micro[0]}")
-                free = min(now.extra_chunks, len(pool) - len(seen))
-                rows = []
-                while len(rows) < free:
-                    row = rng.randrange(len(pool))
-                    if row not in seen:
-                        seen.add(row)
-                        rows.append(row)
+                free = [row for row in bank if row not in seen]
+                rows = rng.sample(free, min(now.extra_chunks, len(free)))
                 extra = backbone.tokenize([chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows])
                 kept = _kept(rng, len(extra), recipe)
-            made.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept))
-        return made
+            micros.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept))
+        return micros
 
     return batches
+
+
+def extra_rows(pool: int, count: int | None, seed: int) -> list[int]:
+    """Rows of the pool that extra chunks are drawn from: `count` of them at random, or all."""
+    if count is None or count >= pool:
+        return list(range(pool))
+    return random.Random(f"intra warm start bank {seed}").sample(range(pool), count)
 
 
 def _micros(batch_size: int, micro_batch: int, rank: int, workers: int) -> list[range]:
@@ -343,7 +357,8 @@ def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked
             visible = [chunk for chunk in everything if chunk not in gold and rng.random() < 0.8]
             visible += [chunk for hop, chunk in enumerate(gold) if rng.random() < (0.9 if hop == 0 else 0.6 if named else 0.2)]
             offsets = sorted(rng.sample(range(recipe.probe_span), recipe.probes))
-            segment = retrieval_segment(prompts[index], offsets, visible, gold[::-1] if named else gold)
+            echo = backbone.echo_ids([prompts[index]])[0] if backbone.echo else ()
+            segment = retrieval_segment(prompts[index], offsets, visible, gold[::-1] if named else gold, echo)
             if bridges[index] and gold[0] in visible:
                 segment.looks = [Look(place, EARLY, bridges[index]) for place in segment.probes]
             segments.append(segment)

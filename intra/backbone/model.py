@@ -5,15 +5,16 @@
     memory = pack([states], backbone.device, backbone.dtype)
     backbone.answer(backbone.prompt_ids(["Where was Ada Bell born?"]), memory, 8)
 
-The model is transformers' T5Gemma 2, unmodified. Its cross-attention logit of head h, layer l, for an encoder state v is
-`scaling * <query[l, h], keys(v, l)[h // (heads // kv_heads)]>`: keys carry no position, so neither the order of packed
-chunks nor their number of neighbours enters it.
+The model is transformers' T5Gemma 2, unmodified, or its decoder over a frozen encoder from elsewhere (intra.backbone.adopted). Its
+cross-attention logit of head h, layer l, for an encoder state v is `scaling * <query[l, h], keys(v, l)[h // (heads // kv_heads)]>`: keys
+carry no position, so neither the order of packed chunks nor their number of neighbours enters it.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,8 @@ class Backbone:
     """A T5Gemma 2 with its tokenizer. `load` gives it frozen; nothing here changes its weights.
 
     Attributes: model, tokenizer, device, prompt; layers, heads, kv_heads, head_dim, hidden_size (the decoder's);
-    scaling (float, query_pre_attn_scalar ** -0.5).
+    scaling (float, query_pre_attn_scalar ** -0.5); echo (bool: the retrieval pass reads the question's encoder states behind the
+    prompt, and their queries retrieve too); matching_heads (of the adopted family: those the attention loss leaves alone).
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompt: str = PROMPT) -> None:
@@ -102,6 +104,8 @@ class Backbone:
         self.head_dim: int = config.head_dim
         self.hidden_size: int = config.hidden_size
         self.scaling: float = config.query_pre_attn_scalar**-0.5
+        self.echo = hasattr(model.config, "frozen_encoder")
+        self.matching_heads: int = getattr(config, "matching_heads", 0)
 
     @property
     def device(self) -> torch.device:
@@ -154,24 +158,42 @@ class Backbone:
             states, _ = self.states(token_ids)
         return [states[row, : len(ids)].clone() for row, ids in enumerate(token_ids)]
 
+    def echo_ids(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Encoder input of each prompt's question: <bos>, what stands for {question}, <eos>."""
+        before, behind = (len(ids) for ids in self._ids(self.prompt.split("{question}", 1), special=False))
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [[bos, *ids[1 + before : len(ids) - behind], eos] for ids in prompt_ids]
+
     def queries(self, prompt_ids: Sequence[Sequence[int]], tokens: Tensor, memory: Memory) -> Tensor:
         """The decoder's queries at the retrieval tokens, which follow each row's own last prompt token (paper section 3.2).
 
         prompt_ids: B lists; tokens: Tensor[R, d], taken as embeddings are after their scaling; memory: B rows. Returns
         Tensor[B, layers, heads, R, head_dim] of the model's dtype, after q_norm and RoPE, not scaled. The gradient flows to
         `tokens`. Rows are padded on the right, where causal attention cannot look: neighbours do not change a row.
+
+        With `echo` the question's encoder states stand between prompt and tokens, to each of which their mean is added; the result has
+        R + E queries: those of the tokens, then those of the E states of the longest question, zero where a question has fewer.
         """
         count = tokens.shape[0]
         lengths = torch.tensor([len(ids) for ids in prompt_ids])
-        padded = torch.full((len(prompt_ids), int(lengths.max()) + count), self.tokenizer.pad_token_id)
+        echoes = [states[1:-1] for states in self.encode(self.echo_ids(prompt_ids))] if self.echo else []
+        echoed = torch.tensor([len(states) for states in echoes]) if self.echo else torch.zeros_like(lengths)
+        padded = torch.full((len(prompt_ids), int((lengths + echoed).max()) + count), self.tokenizer.pad_token_id)
         for row, ids in enumerate(prompt_ids):
             padded[row, : len(ids)] = torch.tensor(ids)
         rows = torch.arange(len(prompt_ids), device=self.device)[:, None]
-        columns = (lengths[:, None] + torch.arange(count)[None, :]).to(self.device)
+        columns = ((lengths + echoed)[:, None] + torch.arange(count)[None, :]).to(self.device)
         decoder = self.model.get_decoder()
         embeddings = decoder.embed_tokens(padded.to(self.device))
-        tokens = tokens.to(embeddings)
-        embeddings = embeddings.index_put((rows, columns), tokens.expand(len(prompt_ids), *tokens.shape))
+        tokens = tokens.to(embeddings).expand(len(prompt_ids), *tokens.shape)
+        if self.echo:
+            places = torch.arange(int(echoed.max()))[None, :]
+            spoken = (places < echoed[:, None]).to(self.device)
+            places = (lengths[:, None] + places).to(self.device)
+            states = torch.nn.utils.rnn.pad_sequence(echoes, batch_first=True).to(embeddings)
+            embeddings = embeddings.index_put((rows.expand_as(places)[spoken], places[spoken]), states[spoken])
+            tokens = tokens + (states.sum(dim=1) / echoed.clamp(min=1).to(states)[:, None])[:, None]
+        embeddings = embeddings.index_put((rows, columns), tokens)
         memory = self._ready(memory)
         sink: dict[int, Tensor] = {}
         with capturing(self.model):
@@ -179,7 +201,11 @@ class Backbone:
                 inputs_embeds=embeddings, encoder_hidden_states=memory.states, encoder_attention_mask=memory.mask, use_cache=False,
                 query_sink=sink,
             )  # fmt: skip
-        return torch.stack([sink[layer].transpose(1, 2)[rows, columns].transpose(1, 2) for layer in range(self.layers)], dim=1)
+        if self.echo:
+            columns = torch.cat([columns, places.clamp(max=padded.shape[1] - 1)], dim=1)
+            spoken = torch.cat([spoken.new_ones(len(prompt_ids), count), spoken], dim=1)
+        found = torch.stack([sink[layer].transpose(1, 2)[rows, columns].transpose(1, 2) for layer in range(self.layers)], dim=1)
+        return found * spoken[:, None, None, :, None] if self.echo else found
 
     def keys(self, vectors: Tensor, layer: int) -> Tensor:
         """The cross-attention keys of encoder states (or means of them) in one decoder layer: k_proj, then k_norm.
@@ -239,19 +265,24 @@ def load(model: str, revision: str | None = None, *, dtype: str = "float32", dev
     from safetensors import SafetensorError
     from transformers import T5Gemma2ForConditionalGeneration
 
+    from intra.backbone import adopted
+
     place, kind = _device(device), _dtype(dtype)
     folder = resolve(model, revision)
     name = f"backbone.model '{model}'"
     tokenizer = load_tokenizer(str(folder))
+    foreign = adopted.KEY in json.loads((folder / "config.json").read_text())
+    kind_of_model: Any = adopted.Adopted if foreign else T5Gemma2ForConditionalGeneration
     try:
         # What the files lack is first made at random (the vision tower of a text-only model): not from the caller's random state.
         with quiet(), torch.random.fork_rng(devices=[]):
-            loaded, report = T5Gemma2ForConditionalGeneration.from_pretrained(
+            loaded, report = kind_of_model.from_pretrained(
                 folder, dtype=kind, attn_implementation="sdpa", use_safetensors=True, local_files_only=True, output_loading_info=True
             )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{name}: the weights in {folder} cannot be read ({one_line(error)}); download or make the model again") from error
-    drop_vision(loaded)
+    if not foreign:
+        drop_vision(loaded)
     # A weight that the files lack would be random, a layer that config.json lacks would be lost: never run so.
     surplus = [key for key in report["unexpected_keys"] if ".layers." in key]
     for problem, keys in (("lack", report["missing_keys"]), ("hold more than config.json names:", surplus)):

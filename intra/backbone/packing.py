@@ -40,7 +40,8 @@ class Segment:
 
     ids, positions, labels: one entry a token; visible: the chunks of its world it may read, by index. A retrieval
     segment also has `probes`, the places (in the segment) whose queries retrieve, and `gold`, chunks in the order in which the
-    layers are to find them. `looks` is what the attention loss supervises.
+    layers are to find them. Where the backbone echoes the question, `echo` is its encoder input and its states stand right before the
+    first probe. `looks` is what the attention loss supervises.
     """
 
     ids: list[int]
@@ -49,6 +50,7 @@ class Segment:
     visible: list[int]
     probes: list[int] = field(default_factory=list)
     gold: list[int] = field(default_factory=list)
+    echo: list[int] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
 
 
@@ -76,6 +78,9 @@ class Batch:
     first: Tensor  # float [S, C + E]: 1 for the first gold chunk
     last: Tensor  # float [S, C + E]: the same for the last
     kept: Tensor  # bool [C + E, P]: the pooled vectors of each chunk that the retrieval and hop losses score
+    echoes: list[list[int]]  # encoder inputs of S questions, or none; each has X_s states between its first and its last
+    echo_columns: Tensor  # long [S, X]: where they stand, X of the longest
+    echoed: Tensor  # bool [S, X]
     look_row: Tensor  # long [K]
     look_column: Tensor  # long [K]
     look_half: Tensor  # long [K]
@@ -83,7 +88,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device; token ids stay lists."""
-        tensors = [item.name for item in fields(self) if item.name not in ("chunks", "extra")]
+        tensors = [item.name for item in fields(self) if item.name not in ("chunks", "extra", "echoes")]
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
@@ -93,12 +98,17 @@ def answer_segment(prompt: Sequence[int], answer: Sequence[int], visible: Sequen
     return Segment(ids, list(range(len(ids))), [IGNORE] * (len(prompt) - 1) + list(answer), list(visible))
 
 
-def retrieval_segment(prompt: Sequence[int], offsets: Sequence[int], visible: Sequence[int], gold: Sequence[int]) -> Segment:
-    """The prompt and, at the given distances behind it, copies of its last token, which stand for retrieval tokens."""
-    start = len(prompt)
-    ids = [*prompt, *[prompt[-1]] * len(offsets)]
+def retrieval_segment(
+    prompt: Sequence[int], offsets: Sequence[int], visible: Sequence[int], gold: Sequence[int], echo: Sequence[int] = ()
+) -> Segment:
+    """The prompt and, at the given distances behind it, copies of its last token, which stand for retrieval tokens.
+
+    `echo`: an encoder input whose states, but for the first and the last, come between.
+    """
+    start = len(prompt) + max(0, len(echo) - 2)
+    ids = [*prompt, *echo[1:-1], *[prompt[-1]] * len(offsets)]
     positions = [*range(start), *(start + offset for offset in offsets)]
-    return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold))
+    return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold), list(echo))
 
 
 def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] = (), extra_kept: Sequence[list[bool]] = ()) -> Batch:
@@ -110,6 +120,7 @@ def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] 
     longest = max(len(chunk) for chunk in chunks)
     gather, memory_chunk, rows = [], [], []
     probe_rows, probe_columns, golds = [], [], []
+    echoes, echo_columns = [], []
     looks: list[tuple[int, int, int, list[int]]] = []
     width = max(len(world.chunks) for world in worlds)
     visible = torch.zeros(len(worlds), max(len(world.segments) for world in worlds), width, dtype=torch.bool)
@@ -132,6 +143,10 @@ def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] 
                 probe_rows.append([number] * len(segment.probes))
                 probe_columns.append([start + place for place in segment.probes])
                 golds.append([offset + chunk for chunk in segment.gold])
+                if segment.echo:
+                    first_probe = start + segment.probes[0]
+                    echoes.append(segment.echo)
+                    echo_columns.append(list(range(first_probe - len(segment.echo) + 2, first_probe)))
         rows.append(row)
         offset += len(world.chunks)
     gold = torch.zeros(len(golds), len(chunks) + len(extra))
@@ -159,6 +174,9 @@ def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] 
         gold=gold,
         first=first,
         last=last,
+        echoes=echoes,
+        echo_columns=_padded(echo_columns, 0) if echoes else torch.zeros(0, 0, dtype=torch.long),
+        echoed=_padded([[1] * len(columns) for columns in echo_columns], 0).bool() if echoes else torch.zeros(0, 0, dtype=torch.bool),
         look_row=torch.tensor([item[0] for item in looks], dtype=torch.long),
         look_column=torch.tensor([item[1] for item in looks], dtype=torch.long),
         look_half=torch.tensor([item[2] for item in looks], dtype=torch.long),

@@ -29,7 +29,8 @@ def train_tokenizer(texts: Iterable[str], architecture: ArchitectureConfig) -> A
 
     `word`: lower-cased words and marks, the most frequent of them (ties in alphabetical order), others are <unk>; decoding
     gives words with single spaces. `byte_bpe`: byte-level BPE; decoding gives the text back exactly. Both begin a text with <bos>. The same
-    texts in the same order give the same tokenizer.
+    texts in the same order give the same tokenizer. `texts` are kept in memory only if they cannot be gone
+    through twice.
 
     Returns a transformers.PreTrainedTokenizerFast. Raises UserError where the vocabulary is too small for bytes.
     """
@@ -58,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], architecture: ArchitectureConfig) -> A
         trainer = trainers.BpeTrainer(
             vocab_size=architecture.vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
         )
-        sample = _thinned(list(texts), BPE_SAMPLE_BYTES)
+        sample = _thinned(texts, BPE_SAMPLE_BYTES)
     tokenizer.train_from_iterator(sample, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, SPECIAL.index(BOS))]
@@ -69,10 +70,11 @@ def train_tokenizer(texts: Iterable[str], architecture: ArchitectureConfig) -> A
     )  # fmt: skip
 
 
-def _thinned(texts: Sequence[str], limit: int) -> Sequence[str]:
-    """Every s-th text, with the smallest s that brings their bytes to about `limit`."""
+def _thinned(texts: Iterable[str], limit: int) -> Iterable[str]:
+    """Every s-th text, with the smallest s that brings their bytes to about `limit`. Goes through the texts twice."""
+    texts = list(texts) if isinstance(texts, Iterator) else texts
     total = sum(len(text.encode()) for text in texts)
-    return texts[:: max(1, -(-total // limit))]
+    return itertools.islice(texts, 0, None, max(1, -(-total // limit)))
 
 
 def build(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
@@ -83,7 +85,19 @@ def build(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
     random state is left as it was.
     """
     import torch
-    from transformers import SiglipVisionConfig, T5Gemma2Config, T5Gemma2ForConditionalGeneration
+    from transformers import T5Gemma2ForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5Gemma2ForConditionalGeneration(config(architecture, tokenizer))
+    drop_vision(model)
+    model.generation_config = greedy(tokenizer, [tokenizer.eos_token_id])
+    return model.eval()
+
+
+def config(architecture: ArchitectureConfig, tokenizer: Any) -> Any:
+    """The T5Gemma2Config of that size. Raises UserError for sizes that do not go together."""
+    from transformers import SiglipVisionConfig, T5Gemma2Config
     from transformers.models.t5gemma2 import T5Gemma2DecoderConfig, T5Gemma2EncoderConfig, T5Gemma2TextConfig
 
     if architecture.hidden_size % architecture.heads:
@@ -116,13 +130,7 @@ def build(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
     encoder = T5Gemma2EncoderConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=1, initializer_range=deviation
     )
-    config = T5Gemma2Config(encoder=encoder.to_dict(), decoder=decoder.to_dict(), initializer_range=deviation)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = T5Gemma2ForConditionalGeneration(config)
-    drop_vision(model)
-    model.generation_config = greedy(tokenizer, [tokenizer.eos_token_id])
-    return model.eval()
+    return T5Gemma2Config(encoder=encoder.to_dict(), decoder=decoder.to_dict(), initializer_range=deviation)
 
 
 def greedy(tokenizer: Any, eos: Sequence[int]) -> Any:

@@ -12,6 +12,9 @@
     attention   minus the log of the attention that falls on given tokens, the mean over the heads of one half of the layers: late layers
                 look at the answer's tokens, early ones at the words in the first gold chunk that name the last
 
+Over a frozen encoder (intra.backbone.adopted) the retrieval positions are the echoed question's too, the attention loss leaves the matching
+heads alone, and a chunk's states are encoded by themselves, rounded to bfloat16 as a store would keep them, and kept for later steps.
+
 A backbone trained with the last three is not "pretrained only for generation": its model card says so. alpha is trained beside
 the backbone and thrown away. A batch's `extra` chunks are scored with the others, without a gradient to the encoder.
 
@@ -35,6 +38,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from intra.backbone.attention import capturing
 from intra.backbone.curriculum import stage_at
@@ -42,6 +46,9 @@ from intra.backbone.model import Backbone
 from intra.backbone.packing import EARLY, IGNORE, LATE, Batch, masks, pooled
 from intra.config import LossConfig, WarmstartConfig
 from intra.errors import WorkflowError
+
+KEPT_BYTES = 2**31  # of a frozen encoder's states
+GATHERED = 2**26  # numbers of the attention loss's keys, a copy for each look, at most
 
 
 class _Sink:
@@ -76,6 +83,9 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         self.pooled_length = pooled_length
         self.scoring = scoring
         self.bfloat16 = False  # whether matrices are multiplied in bfloat16; `place` sets it
+        self.frozen = not any(parameter.requires_grad for parameter in self.model.get_encoder().parameters())
+        self._kept: dict[tuple[int, ...], Tensor] = {}  # states of a frozen encoder, bfloat16, the oldest first
+        self._room = KEPT_BYTES
         shape = backbone.layers, 1 if equal else backbone.heads
         # Scores of about unit spread at the start: a dot product of two normed queries and keys has spread head_dim ** 0.5.
         start = backbone.head_dim**-0.5 / (backbone.layers * backbone.heads) ** 0.5
@@ -101,14 +111,15 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         own, cross = masks(batch, config.sliding_window)
         sink = _Sink()
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.bfloat16 and not self.sharded):
-            states, _ = self.backbone.states(batch.chunks)
+            states = self._states(batch.chunks)
             memory = states.flatten(0, 1)[batch.gather]
             vectors = self._vectors(batch, states) if scored else None
             # A sharded layer's weights are whole within its own forward only: there it makes the keys, in `_keep_keys`.
             asked = {"key_sink": sink, "key_vectors": vectors, "key_memory": bool(losses.attention)} if self.sharded else {}
+            read = {"inputs_embeds": self._echoed(batch)} if batch.echoes else {"input_ids": batch.ids}
             with capturing(self.model):
                 hidden = self.model.get_decoder()(
-                    input_ids=batch.ids, attention_mask=own, position_ids=batch.positions, encoder_hidden_states=memory,
+                    **read, attention_mask=own, position_ids=batch.positions, encoder_hidden_states=memory,
                     encoder_attention_mask=cross, use_cache=False, query_sink=sink, **asked,
                 ).last_hidden_state  # fmt: skip
             trained = batch.labels != IGNORE
@@ -155,10 +166,38 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         if not batch.extra:
             return vectors
         with torch.no_grad():
-            others, _ = self.backbone.states(batch.extra)
+            others = self._states(batch.extra)
             lengths = torch.tensor([len(chunk) for chunk in batch.extra], device=states.device)
             further = pooled(others, lengths, self.pooled_length)
         return torch.cat([vectors, further])
+
+    def _states(self, chunks: Sequence[Sequence[int]]) -> Tensor:
+        """The encoder's states of the chunks, padded on the right: [C, N, d]. Of a frozen encoder, without a gradient."""
+        if not self.frozen:
+            return self.backbone.states(chunks).states
+        return pad_sequence([self._frozen(tuple(chunk)).float() for chunk in chunks], batch_first=True)
+
+    def _frozen(self, chunk: tuple[int, ...]) -> Tensor:
+        # By itself, not in a batch: the same bits whether it was kept or a run that was cut off makes it again.
+        states = self._kept.pop(chunk, None)
+        if states is None:
+            states = self.backbone.encode([chunk])[0].bfloat16()
+            self._room -= states.nbytes
+        self._kept[chunk] = states
+        while self._room < 0 and len(self._kept) > 1:
+            self._room += self._kept.pop(next(iter(self._kept))).nbytes
+        return states
+
+    def _echoed(self, batch: Batch) -> Tensor:
+        """The decoder's input [W, Q, d] with the questions' states in place, and their mean added to the probes behind them."""
+        embeddings = self.model.get_decoder().embed_tokens(batch.ids)
+        states = pad_sequence([item[1:-1] for item in self.backbone.encode(batch.echoes)], batch_first=True).to(embeddings)
+        rows = batch.probe_rows[:, :1].expand_as(batch.echo_columns)
+        embeddings = embeddings.index_put((rows[batch.echoed], batch.echo_columns[batch.echoed]), states[batch.echoed])
+        mean = states.sum(dim=1) / batch.echoed.sum(dim=1, keepdim=True).clamp(min=1)
+        return embeddings.index_put(
+            (batch.probe_rows, batch.probe_columns), mean[:, None].expand(*batch.probe_rows.shape, -1), accumulate=True
+        )
 
     def _keys(self, vectors: Tensor, layer: int, name: str, sink: _Sink) -> Tensor:
         """`Backbone.keys`, or what a sharded layer has kept of them."""
@@ -168,13 +207,18 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         """The cross-attention that falls on each look's tokens, among the memory alone: Tensor[K], the mean over heads and layers."""
         seen = cross[batch.look_row, 0, batch.look_column]
         repeat = self.backbone.heads // self.backbone.kv_heads
+        # The keys of every look by itself are less work where the looks are few; of many, all places' logits are.
+        gathered = seen.numel() * self.backbone.heads * self.backbone.head_dim <= GATHERED
         layers = []
         for layer in range(self.backbone.layers):
-            queries = sink[layer].transpose(1, 2)[batch.look_row, batch.look_column]  # [K, heads, head_dim]
-            keys = self._keys(memory, layer, "memory", sink).repeat_interleave(repeat, dim=2)[batch.look_row]  # [K, M, heads, head_dim]
-            logits = torch.einsum("khe,kmhe->khm", queries, keys) * self.backbone.scaling
-            weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-            layers.append((weights * batch.look_target[:, None]).sum(-1).mean(-1))
+            keys = self._keys(memory, layer, "memory", sink).repeat_interleave(repeat, dim=2)  # [W, M, heads, head_dim]
+            if gathered:
+                queries = sink[layer].transpose(1, 2)[batch.look_row, batch.look_column]  # [K, heads, head_dim]
+                logits = torch.einsum("khe,kmhe->khm", queries, keys[batch.look_row])
+            else:
+                logits = (sink[layer] @ keys.permute(0, 2, 3, 1)).transpose(1, 2)[batch.look_row, batch.look_column]
+            weights = (logits * self.backbone.scaling).masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+            layers.append((weights * batch.look_target[:, None]).sum(-1)[:, self.backbone.matching_heads :].mean(-1))
         mass = torch.stack(layers, dim=1)
         share = self.halves[batch.look_half, :, 0]
         return (mass * share).sum(1) / share.sum(1)
@@ -182,14 +226,20 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
     def _scores(self, batch: Batch, vectors: Tensor, sink: _Sink) -> Tensor:
         """Sum over probes of MaxSim, per layer and head: Tensor[S, C + E, layers, heads]."""
         repeat = self.backbone.heads // self.backbone.kv_heads
+        rows, columns = batch.probe_rows, batch.probe_columns
+        if batch.echoes:
+            read = torch.cat([torch.ones_like(rows, dtype=torch.bool), batch.echoed], dim=1)
+            columns = torch.cat([columns, batch.echo_columns], dim=1)
+            rows = rows[:, :1].expand_as(columns)
         layers = []
         for layer in range(self.backbone.layers):
-            queries = sink[layer].transpose(1, 2)[batch.probe_rows, batch.probe_columns]  # [S, R, heads, head_dim]
+            queries = sink[layer].transpose(1, 2)[rows, columns]  # [S, R, heads, head_dim]
             keys = self._keys(vectors, layer, "vectors", sink).repeat_interleave(repeat, dim=2)  # [C + E, P, heads, head_dim]
             products = torch.einsum("srhe,cphe->srchp", queries, keys)
             products = products.masked_fill(~batch.kept[:, None, :], float("-inf"))
-            layers.append(products.amax(-1).sum(1))
-        return torch.stack(layers, dim=2) / batch.probe_rows.shape[1]
+            best = products.amax(-1)
+            layers.append((best * read[:, :, None, None] if batch.echoes else best).sum(1))
+        return torch.stack(layers, dim=2) / (read.sum(dim=1)[:, None, None, None] if batch.echoes else rows.shape[1])
 
 
 def _hit(scores: Tensor, gold: Tensor) -> Tensor:
@@ -245,8 +295,16 @@ class Optimizers:
     matrices: torch.optim.Optimizer
     others: torch.optim.Optimizer
     recipe: WarmstartConfig
+    matching: Sequence[Tensor] = ()  # views of the matching heads' weights
 
     def step(self, step: int) -> None:
+        before = [view.detach().clone() for view in self.matching]
+        self._step(step)
+        with torch.no_grad():  # Muon and AdamW do not heed the size of a gradient: the step itself is made smaller
+            for view, old in zip(self.matching, before, strict=True):
+                view.copy_(old.lerp(view, self.recipe.matching_rate))
+
+    def _step(self, step: int) -> None:
         factor = schedule(step, self.recipe)
         for optimizer, rate in ((self.matrices, self.recipe.matrix_learning_rate), (self.others, self.recipe.learning_rate)):
             for group in optimizer.param_groups:
@@ -284,7 +342,16 @@ def optimizers(module: WarmStart, recipe: WarmstartConfig) -> Optimizers:
         # A group of their own: sharded tensors and whole ones are not updated in one call.
         torch.optim.AdamW([{"params": others}, {"params": alphas}], lr=recipe.learning_rate, betas=betas, weight_decay=0.0),
         recipe,
+        _matching(module.backbone),
     )
+
+
+def _matching(backbone: Backbone) -> list[Tensor]:
+    """The weights of the heads that began as the identity."""
+    rows = backbone.matching_heads * backbone.head_dim
+    layers = [layer.self_attn for layer in backbone.model.get_decoder().layers] if rows else []
+    views = [part.weight[:rows] for layer in layers for part in (layer.q_proj, layer.k_proj, layer.v_proj)]
+    return [*views, *(layer.o_proj.weight[:, :rows] for layer in layers)]
 
 
 def train(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,12 +51,11 @@ def folder(name: str, settings: ModelConfig) -> Path:
     """The local folder of the model, fetched from the hub where need be. Raises UserError: not there, or without weights in safetensors."""
     model, key = settings.model, f"evaluate.models.{name}.model"
     if model.startswith("package:"):
-        package, _, inner = model.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            raise UserError(f"method {name}: the package {package} is not installed; run: pip install 'intra[minilm]', or set {key} to a "
+        found = locate.package_folder(model)
+        if found is None:
+            raise UserError(f"method {name}: the package of {model} is not installed; run: pip install 'intra[minilm]', or set {key} to a "
                             "directory of the model")  # fmt: skip
-        place = Path(next(iter(found.submodule_search_locations)), inner)
+        place = found
     elif settings.revision is not None:
         place = _from_hub(name, settings)
     else:

@@ -109,7 +109,8 @@ def limit_pool(read: Candidates, gold: Rows, limit: int | None) -> Rows:
 
 
 def _tokenizer(config: Config, read: Candidates, wanted: Rows, questions: Sequence[RawQuestion], folder: str) -> str:
-    """Where the backbone's tokenizer is: its own place, or, where the backbone is made from scratch, `folder`, trained on the passages.
+    """Where the backbone's tokenizer is: its own place, or, where the backbone is made from scratch, `folder`, trained on the passages (or
+    that of the encoder it is made over).
 
     These are the pool's; where the pool's size goes by tokens or chunks, which only a tokenizer can count, all that were read. The only
     knowledge the data has of a room to its right: a chunk's length is in the backbone's tokens.
@@ -118,7 +119,13 @@ def _tokenizer(config: Config, read: Candidates, wanted: Rows, questions: Sequen
         return config.backbone.model
     from intra.backbone import tiny
 
-    texts: Iterable[str] = _texts(read, wanted, config.data.template)
+    if config.backbone.architecture.encoder is not None:
+        from intra.backbone import adopted
+
+        adopted.tokenizer(config.backbone.architecture.encoder).save_pretrained(folder)
+        return folder
+
+    texts: Iterable[str] = _Texts(read, wanted, config.data.template)
     if config.backbone.architecture.tokenizer == "word":  # bytes spell any word; a word vocabulary must have seen it
         train = (question for question in questions if question.split == "train")
         texts = itertools.chain(texts, (text for question in train for text in (question.question, *question.answers)))
@@ -130,16 +137,24 @@ def _tokenizer(config: Config, read: Candidates, wanted: Rows, questions: Sequen
     return folder
 
 
-def _texts(read: Candidates, rows: Rows, template: str) -> Iterator[str]:
-    """The encoder's input of each passage, in the order of the ids."""
-    parts, places = [], []
-    for shard, numbers in choice.shards_of(read, rows):
-        parts.append(stages.get(read.shards[shard], ["title", "text"]).take(numbers))
-        places.append(read.position(shard, numbers))
-    table, order = pa.concat_tables(parts).combine_chunks(), np.argsort(np.concatenate(places))
-    for start in range(0, len(order), 8192):
-        for row in table.take(order[start : start + 8192]).to_pylist():
-            yield chunking.chunk_text(row["title"], row["text"], template)
+class _Texts:
+    """The encoder's input of each passage, in the order of the ids; read anew each time they are gone through."""
+
+    def __init__(self, read: Candidates, rows: Rows, template: str) -> None:
+        self._read, self._rows, self._template = read, rows, template
+
+    def __iter__(self) -> Iterator[str]:
+        table, order = self._table()
+        for start in range(0, len(order), 8192):
+            for row in table.take(order[start : start + 8192]).to_pylist():
+                yield chunking.chunk_text(row["title"], row["text"], self._template)
+
+    def _table(self) -> tuple[pa.Table, Rows]:
+        parts, places = [], []
+        for shard, numbers in choice.shards_of(self._read, self._rows):
+            parts.append(stages.get(self._read.shards[shard], ["title", "text"]).take(numbers))
+            places.append(self._read.position(shard, numbers))
+        return pa.concat_tables(parts).combine_chunks(), np.argsort(np.concatenate(places))
 
 
 class _Chopper:

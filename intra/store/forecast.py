@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def encoder(config: Config) -> Encoder:
     """The encoder that will run. Raises as `locate.resolve` where its files are not at hand and it is none of the published ones."""
     if lineage.from_scratch(config):
         size = config.backbone.architecture
+        if size.encoder is not None:
+            bert = json.loads((locate.encoder_folder(size.encoder) / "config.json").read_text())
+            return _foreign(bert, size.decoder_layers, size.heads, size.head_dim, size.intermediate_size)
         return _built(size.encoder_layers, size.hidden_size, size.intermediate_size, size.heads, size.kv_heads, size.head_dim,
                       size.decoder_layers, size.vocabulary)  # fmt: skip
     model = config.backbone.model
@@ -76,10 +80,23 @@ def encoder(config: Config) -> Encoder:
         if model not in PUBLISHED:
             raise
         return Encoder(*PUBLISHED[model])
+    if "frozen_encoder" in values:
+        above = ("num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size")
+        return _foreign(values["frozen_encoder"], *(int(values["decoder"][name]) for name in above))
     text = values["encoder"]["text_config"]
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     layers, width, ffn, heads, kv_heads, head_dim = (int(text[name]) for name in names)
     return _built(layers, width, ffn, heads, kv_heads, head_dim, int(values["decoder"]["num_hidden_layers"]), int(text["vocab_size"]))
+
+
+def _foreign(bert: Mapping[str, Any], decoder_layers: int, heads: int, head_dim: int, ffn: int) -> Encoder:
+    """A BERT, whose feed-forward has two matrices instead of three, under a decoder of that size."""
+    width, own = int(bert["hidden_size"]), int(bert["num_attention_heads"])
+    inner = int(bert["intermediate_size"]) * 2 // 3
+    layer = width * head_dim * 4 * heads + 3 * width * ffn
+    mine = int(bert["num_hidden_layers"]) * (4 * width * width + 3 * width * inner)
+    words = 2 * int(bert["vocab_size"]) * width  # the encoder's and the decoder's
+    return Encoder(int(bert["num_hidden_layers"]), width, inner, own, own, width // own, float(mine + decoder_layers * layer + words))
 
 
 def _built(layers: int, width: int, ffn: int, heads: int, kv_heads: int, head_dim: int, decoder_layers: int, vocabulary: int) -> Encoder:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from intra.backbone import adopted, tiny
 from intra.backbone import model as backbone_model
-from intra.backbone import tiny
 from intra.config import ArchitectureConfig
+
+from ..conftest import make_bert
 
 WINDOW = 6
 TEXT = "ada bell born oldtown film red moon directed by the river company founded in town a where was is of large small green"
@@ -56,6 +58,27 @@ def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(tiny, "SLIDING_WINDOW", WINDOW)
         model = tiny.build(ARCHITECTURE, tokenizer, seed=3)
     tiny.save(randomised(model), tokenizer, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bert(tmp_path_factory.mktemp("bert") / "model", WORDS)
+
+
+def over(bert: Path) -> ArchitectureConfig:
+    """The size of a backbone over the tiny BERT."""
+    return ArchitectureConfig(encoder=str(bert), hidden_size=48, intermediate_size=64, decoder_layers=4, heads=6, kv_heads=6, head_dim=24,
+                              matching_heads=3)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def adopted_folder(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an untrained backbone over the tiny BERT."""
+    path = tmp_path_factory.mktemp("adopted") / "model"
+    words = adopted.tokenizer(str(bert))
+    sample = words(sentences(60, seed=7))["input_ids"]
+    tiny.save(adopted.build(over(bert), words, 3, sample), words, path)
     return path
 
 

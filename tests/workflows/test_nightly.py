@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from intra import config as configuration
 from intra import storage
+from intra.data import synthetic
 from intra.errors import UserError
 from workflows import nightly as workflow
+
+from ..conftest import make_bert, write_world
 
 PROJECT = Path(__file__).parents[2]
 SMALL = [
@@ -62,6 +66,41 @@ def test_local_and_s3_runs_with_one_seed_give_the_same_rankings_and_metrics(s3_r
     again = nightly(s3_root, tmp_path)
     assert again.returncode == 0
     assert again.stderr.splitlines() == [f"{step}: complete" for step in ("prepare", "encode", "train", "evaluate")]
+
+
+@pytest.mark.slow
+def test_over_a_frozen_encoder_two_runs_rank_alike(tmp_path: Path) -> None:
+    """From files to results: another query batch and another scorer, in a store of another shard size, change no ranking."""
+    write_world(tmp_path / "data")
+    encoder = make_bert(tmp_path / "bert", {word.lower() for text in synthetic.vocabulary() for word in text.split()})
+    path = tmp_path / "frozen.yaml"
+    values = {
+        "root": "unused",
+        "data": {"source": "jsonl", "path": str(tmp_path / "data"), "passages": "passages.jsonl"},
+        "backbone": {
+            "train": True,
+            "architecture": {"encoder": str(encoder), "encoder_sample": 30, "matching_heads": 3, "hidden_size": 48, "intermediate_size": 48,
+                             "decoder_layers": 2, "heads": 6, "kv_heads": 6, "head_dim": 24},
+            "warmstart": {"steps": 4, "batch_size": 4, "micro_batch": 2, "questions": 1, "distractors": 2, "bm25_distractors": 1,
+                          "cloze_share": 0.3, "extra_chunks": 8, "extra_from": 20, "retrieval_scoring": "mixture", "warmup_steps": 0,
+                          "losses": {"answer": 0.5, "retrieval": 1.0, "hop": 0.5, "attention": 0.5}, "checkpoint_every": 2},
+            "answer_tokens": 3,
+        },
+        "retriever": {"tokens": 4, "initial_context": 3, "scoring": "mixture", "train": {"steps": 3, "batch_size": 8, "threads": 1}},
+        "evaluate": {"k": [5, 10], "bootstrap": 100, "methods": ["intra", "maxsim", "bm25"], "threads": 1},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    outputs = []
+    for number, other in enumerate(((), ("store.shard_chunks=16", "retriever.query_batch=3", "retriever.search.scorer=int8"))):
+        command = [sys.executable, str(PROJECT / "workflows/nightly.py"), "--config", str(path), f"root={tmp_path / str(number)}", *other]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        outputs.append(storage.read_json(f"{tmp_path / str(number)}/results/results.json"))
+    assert outputs[0] == outputs[1]
+    (card,) = (tmp_path / "0" / "backbone").glob("*/README.md")
+    assert f"the frozen encoder `{encoder}`" in card.read_text()
+    (folder,) = (tmp_path / "0" / "backbone").iterdir()
+    assert {"config.json", "model.safetensors", "tokenizer.json", "curve.png"} <= {file.name for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize(

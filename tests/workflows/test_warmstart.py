@@ -20,11 +20,13 @@ import yaml
 from intra import lineage, storage, tracking
 from intra.backbone import curriculum, locate, model, tiny
 from intra.backbone import warmstart as training
-from intra.config import ArchitectureConfig, Config, SyntheticConfig, load
+from intra.config import ArchitectureConfig, Config, load
 from intra.data import synthetic
 from intra.data.schema import read_pool, read_questions
 from intra.errors import UserError
 from workflows import prepare, warmstart
+
+from ..conftest import write_world
 
 REPOSITORY = Path(__file__).parents[2]
 VALUES: dict[str, Any] = {
@@ -200,14 +202,7 @@ def test_a_terminal_sees_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_papers_recipe_trains_a_tiny_model_on_two_workers(tmp_path: Path) -> None:
     """configs/paper.yaml as it stands but for sizes: sharded, bfloat16, checkpointed layers, AdamW, both stages, real-data batches."""
     data, folder = tmp_path / "data", tmp_path / "tiny"
-    passages, questions = synthetic.generate(SyntheticConfig(chunks=60, train_questions=24, test_questions=6), 0)
-    (data / "questions").mkdir(parents=True)
-    texts = [{"id": item.passage_id, "title": item.title, "text": item.text} for item in passages]
-    (data / "passages.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    for split in ("train", "test"):
-        rows = [{"id": item.question_id, "question": item.question, "answers": list(item.answers), "gold_ids": list(item.gold_ids)}
-                for item in questions if item.split == split]  # fmt: skip
-        (data / "questions" / f"b.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_world(data)
     shape = ArchitectureConfig(hidden_size=16, intermediate_size=16, encoder_layers=1, decoder_layers=2, heads=2, kv_heads=1, head_dim=8)
     tokenizer = tiny.train_tokenizer([" ".join(synthetic.vocabulary())], shape)
     tiny.save(tiny.build(shape, tokenizer, 0), tokenizer, folder)

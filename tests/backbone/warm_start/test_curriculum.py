@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from intra.backbone import curriculum, model, packing, warmstart
+from intra.backbone import adopted, curriculum, model, packing, warmstart
 from intra.backbone.packing import EARLY, LATE, Look, PackedWorld, collate, retrieval_segment
 from intra.config import Config, LossConfig
 from intra.data import synthetic
@@ -26,15 +26,20 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("source", ["synthetic", "questions"])
-def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize("source", ["synthetic", "questions", "adopted"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    folder: Path, adopted_folder: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With every part of the recipe that could carry a state from step to step."""
     settings = config(distractors=1, questions=2, stages=STAGES, extra_chunks=3, retrieval_scoring="mixture", name_parts=[2, 3])
     recipe = settings.backbone.warmstart
+    monkeypatch.setattr(warmstart, "KEPT_BYTES", 4000)  # some of a frozen encoder's states are dropped and made again
 
     def fresh() -> tuple[warmstart.WarmStart, warmstart.Optimizers, curriculum.Batches]:
-        backbone = model.load(str(folder), device="cpu")
+        backbone = model.load(str(adopted_folder if source == "adopted" else folder), device="cpu")
         backbone.model.requires_grad_(True)
+        if source == "adopted":
+            adopted.freeze(backbone.model)
         module = warmstart.WarmStart(backbone, LOSSES, POOLED, recipe.retrieval_scoring)
         batches = curriculum.synthetic_batches(settings, backbone) if source == "synthetic" else questions(settings, backbone)
         return module, warmstart.optimizers(module, recipe), batches
@@ -63,13 +68,17 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path,
         warmstart.load(again, optimizer_again, tmp_path)
 
 
-def questions(settings: Config, backbone: model.Backbone, rank: int = 0, workers: int = 1) -> curriculum.Batches:
+def questions(
+    settings: Config, backbone: model.Backbone, rank: int = 0, workers: int = 1, near: dict[str, list[int]] | None = None,
+    made: Sequence[Question] = (),
+) -> curriculum.Batches:  # fmt: skip
     import pyarrow as pa
 
     rows = [{"chunk_id": f"c{n:02d}", "title": "ada", "text": text, "source": "s", "n_tokens": 9} for n, text in enumerate(sentences(12))]
     gold = [((f"c{n:02d}",), (f"c{n + 5:02d}", f"c{n + 6:02d}")) for n in range(5)]
     asked = [Question(f"q{n}", "b", "train", f"where was {WORDS[n]}", ("oldtown", "red"), gold[n], 2, "bridge") for n in range(5)]
-    return curriculum.question_batches(settings, backbone, Pool(pa.Table.from_pylist(rows, schema=POOL_SCHEMA)), asked, rank, workers)
+    pool = Pool(pa.Table.from_pylist(rows, schema=POOL_SCHEMA))
+    return curriculum.question_batches(settings, backbone, pool, asked, rank, workers, near, made)
 
 
 def test_worlds_of_questions_hold_gold_and_distractors(backbone: model.Backbone) -> None:
@@ -83,6 +92,42 @@ def test_worlds_of_questions_hold_gold_and_distractors(backbone: model.Backbone)
     # More distractors than the pool has: all of it, once.
     everything = questions(config(distractors=50, questions=1, batch_size=1, micro_batch=1), backbone)(0)
     assert 10 <= len(everything[0].chunks) <= 12
+
+
+def test_distractors_are_drawn_from_those_near_a_question_and_are_never_gold(backbone: model.Backbone) -> None:
+    settings = config(distractors=3, bm25_distractors=2, questions=1, batch_size=1, micro_batch=1)
+    texts = [backbone.tokenize([f"ada\n{text}"])[0] for text in sentences(12)]
+    near = {f"q{n}": [n, n + 5, n + 6, 11, 4 - n if n != 2 else 0] for n in range(5)}  # its gold first
+    batches = questions(settings, backbone, near=near)
+    for step in range(10):
+        (batch,) = batches(step)
+        rows = [texts.index(chunk) for chunk in batch.chunks]
+        gold = next(n for n in range(5) if n in rows and (n + 5 in rows or n + 6 in rows) and {11, near[f"q{n}"][4]} <= set(rows))
+        assert len(set(rows)) == 5
+        assert len({gold + 5, gold + 6} & set(rows)) == 1  # a group's other chunk is no distractor
+
+
+def test_a_share_of_the_worlds_has_questions_made_of_passages(backbone: model.Backbone) -> None:
+    asked = Question("cloze-1", "cloze", "train", "what was large", ("green",), (("c07",),), 1, "cloze")
+    (prompt,) = backbone.prompt_ids([asked.question])
+    counts = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = config(questions=1, batch_size=20, micro_batch=20, distractors=0, cloze_share=share)
+        (batch,) = questions(settings, backbone, made=[asked])(0)
+        counts[share] = sum(row[: len(prompt)].tolist() == prompt for row in batch.ids)
+    assert (counts[0.0], counts[1.0]) == (0, 20)
+    assert 4 <= counts[0.5] <= 16
+
+
+def test_extra_chunks_come_from_a_bank(backbone: model.Backbone) -> None:
+    bank = curriculum.extra_rows(12, 4, 0)
+    assert len(set(bank)) == 4
+    assert curriculum.extra_rows(12, None, 0) == curriculum.extra_rows(12, 99, 0) == list(range(12))
+    texts = [backbone.tokenize([f"ada\n{text}"])[0] for text in sentences(12)]
+    batches = questions(config(questions=1, batch_size=2, micro_batch=2, distractors=0, extra_chunks=9, extra_from=4), backbone)
+    drawn = [texts.index(chunk) for step in range(4) for batch in batches(step) for chunk in batch.extra]
+    assert drawn
+    assert set(drawn) <= set(bank)
 
 
 def test_an_epoch_asks_every_question_once(backbone: model.Backbone) -> None:

@@ -160,8 +160,12 @@ def test_left_out_vectors_are_not_scored(backbone: model.Backbone, worlds: list[
     assert not batch.kept.all()
 
 
-def test_attention_is_the_models_own(backbone: model.Backbone, pristine: Any, worlds: list[PackedWorld]) -> None:
+@pytest.mark.parametrize("gathered", [0, warmstart.GATHERED])
+def test_attention_is_the_models_own(
+    backbone: model.Backbone, pristine: Any, worlds: list[PackedWorld], gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The supervised mass is that of the unmodified model's cross-attention weights, scaled to sum to one over the memory."""
+    monkeypatch.setattr(warmstart, "GATHERED", gathered)
     chosen = [(0, 0, EARLY, [(1, 0), (2, 1)]), (1, 2, LATE, [(4, 0)]), (2, 0, LATE, [(0, 1), (1, 0)])]
     for world, segment, half, tokens in chosen:
         worlds[world].segments[segment].looks = [Look(3, half, tokens)]
