@@ -2,7 +2,7 @@
 
     dataset    data section, seed, digests of the input files, tokenizer
     backbone   trained here: its recipe, the dataset, the seed; otherwise the digest of the model's files
-    store      its encoding (backbone, pooled_length, what shapes the bytes of a shard), the pool's digest
+    store      its encoding (backbone, or a frozen encoder, pooled_length, what shapes the bytes of a shard), the pool's digest
     retriever  store, the questions' digest, the retriever section, the seed
     tuned      of a fine-tuned baseline: its model, the questions, the negatives, the recipe
     vectors    of a dense or late baseline: its weights, how it reads a passage, the pool's digest
@@ -86,11 +86,30 @@ def _architecture(config: Config) -> object:
     return [size.model_dump(exclude={"encoder", "vocabulary", "tokenizer", "encoder_layers"}), locate.encoder_digest(size.encoder)]
 
 
+def over_encoder(config: Config) -> bool:
+    """Whether the backbone is trained here over a frozen encoder: its store is that of any decoder over it."""
+    return from_scratch(config) and config.backbone.architecture.encoder is not None
+
+
+def encoder(config: Config) -> str:
+    """What stands for the encoder in a store: the backbone, or, frozen, itself and what whitens it, whatever decoder is trained over it."""
+    size = config.backbone.architecture
+    if not over_encoder(config) or size.encoder is None:
+        return backbone(config).fingerprint
+    sample = {"dataset": dataset(config).fingerprint, "count": size.encoder_sample, "seed": config.seed}
+    return fingerprint({"version": VERSION, "encoder": locate.encoder_digest(size.encoder), "sample": sample})
+
+
+def _decoder(config: Config) -> dict[str, object]:
+    """The backbone, for what reads a store with its decoder: where the store's own fingerprint does not name it."""
+    return {"backbone": backbone(config).fingerprint} if over_encoder(config) else {}
+
+
 def encoding(config: Config) -> str:
     """The fingerprint of all that shapes a store's bytes except the pool: stores that share it may share shards."""
     shape = config.store.model_dump(include={"dtype", "shard_chunks", "batch_tokens", "threads"})
     return fingerprint(
-        {"format": FORMAT, "backbone": backbone(config).fingerprint, "compute": config.backbone.dtype, "template": config.data.template,
+        {"format": FORMAT, "backbone": encoder(config), "compute": config.backbone.dtype, "template": config.data.template,
          "pooled_length": config.retriever.pooled_length, "shape": shape}
     )  # fmt: skip
 
@@ -115,6 +134,7 @@ def retriever(config: Config) -> Artifact:
         settings=settings,
         prompt=config.backbone.prompt,
         seed=config.seed,
+        **_decoder(config),
     )
 
 
@@ -226,6 +246,7 @@ def answers(config: Config, name: str, marks: Marks | None = None) -> Artifact:
         size=config.retriever.answer_size,
         prompt=config.backbone.prompt,
         answer_tokens=config.backbone.answer_tokens,
+        **_decoder(config),
     )
 
 

@@ -223,7 +223,8 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
     revision = None if config.backbone.train else config.backbone.revision
     source = writer.Source(model, revision, locate.digest(model, revision), config.backbone.dtype, _device(config), config.store.threads)
-    settings = _settings(config, source.digest, counts["pool_sha256"])
+    mark = lineage.encoder(config) if lineage.over_encoder(config) else source.digest
+    settings = _settings(config, mark, counts["pool_sha256"])
     beside = planning.nearest(store, settings)
     if beside:
         print(f"encode: a new store beside {beside[0]}, for {', '.join(beside[1])}", file=sys.stderr)

@@ -10,7 +10,7 @@ one encoding, the decoder's queries and keys, the answer from stored states. Wha
                 identity on equal parts of the state, in the slowest rotary pairs, where a position hardly turns it
     reading     the value and output matrices of the other heads begin near the identity too: what they look at, they copy. The attention
                 loss trains them alone
-    words       the decoder's embedding of a token is the encoder's state of that token by itself
+    words       the decoder's embedding of a token is the encoder's state of that token by itself, scaled to unit spread
     echo        the retrieval pass reads, behind the prompt, the question's own encoder states; their queries retrieve beside those of the
                 retrieval tokens, which stand on the mean of those states
 
@@ -172,14 +172,15 @@ def _states(bert: BertModel, texts: Sequence[Sequence[int]], pad: int) -> Iterat
 
 
 def _name_words(model: Adopted, words: Any) -> None:
-    """The embedding of each token: its whitened state between <bos> and <eos>."""
+    """The embedding of each token: its whitened state between <bos> and <eos>, of unit spread, as logits are its products."""
     encoder = model.get_encoder()
     weight = model.get_decoder().embed_tokens.weight
     scale = float(model.get_decoder().embed_tokens.embed_scale)
     for first in range(0, len(words), 8 * BATCH):
         tokens = range(first, min(first + 8 * BATCH, len(words)))
         ids = torch.tensor([[words.bos_token_id, token, words.eos_token_id] for token in tokens])
-        weight[first : first + len(tokens)] = encoder(ids, torch.ones_like(ids)).last_hidden_state[:, 1] / scale
+        states = encoder(ids, torch.ones_like(ids)).last_hidden_state[:, 1]
+        weight[first : first + len(tokens)] = states / (states.square().mean(dim=1, keepdim=True).sqrt() * scale)
 
 
 def _start(model: Adopted, architecture: ArchitectureConfig) -> None:

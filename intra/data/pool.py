@@ -119,10 +119,10 @@ def _tokenizer(config: Config, read: Candidates, wanted: Rows, questions: Sequen
         return config.backbone.model
     from intra.backbone import tiny
 
-    if config.backbone.architecture.encoder is not None:
+    if (encoder := config.backbone.architecture.encoder) is not None:
         from intra.backbone import adopted
 
-        adopted.tokenizer(config.backbone.architecture.encoder).save_pretrained(folder)
+        adopted.tokenizer(encoder).save_pretrained(folder)
         return folder
 
     texts: Iterable[str] = _Texts(read, wanted, config.data.template)

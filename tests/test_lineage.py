@@ -1,0 +1,68 @@
+"""Which artifacts share a fingerprint, and which must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from intra import lineage
+from intra.config import Config, parse
+from workflows import prepare
+
+from .conftest import make_bert, write_world
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    write_world(tmp_path / "data")
+    encoder = make_bert(tmp_path / "bert", ["film", "director", "born"])
+    size = {"encoder": str(encoder), "matching_heads": 3, "hidden_size": 48, "heads": 6, "kv_heads": 6, "head_dim": 24}
+    data = {"source": "jsonl", "path": str(tmp_path / "data"), "passages": "passages.jsonl"}
+    config = parse({"root": str(tmp_path / "root"), "data": data, "backbone": {"train": True, "architecture": size}})
+    prepare.run(config)
+    return config
+
+
+def changed(config: Config, path: str, value: object) -> Config:
+    values = config.model_dump()
+    section = values
+    *keys, last = path.split(".")
+    for key in keys:
+        section = section[key]
+    section[last] = value
+    return parse(values)
+
+
+def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_read(config: Config) -> None:
+    other = changed(config, "backbone.warmstart.steps", 7)
+    assert lineage.backbone(config).fingerprint != lineage.backbone(other).fingerprint
+    assert lineage.encoding(config) == lineage.encoding(other)
+    assert lineage.store(config).fingerprint == lineage.store(other).fingerprint
+    for artifact in (lineage.retriever, lambda each: lineage.answers(each, "bm25"), lambda each: lineage.ranking(each, "intra")):
+        assert artifact(config).fingerprint != artifact(other).fingerprint
+    assert lineage.ranking(config, "bm25").fingerprint == lineage.ranking(other, "bm25").fingerprint
+
+
+@pytest.mark.parametrize(("path", "value"), [("backbone.architecture.encoder_sample", 9), ("seed", 1), ("retriever.pooled_length", 3)])
+def test_what_shapes_the_states_makes_another_store(config: Config, path: str, value: object) -> None:
+    other = changed(config, path, value)
+    if path == "seed":
+        prepare.run(other)
+    assert lineage.store(config).fingerprint != lineage.store(other).fingerprint
+
+
+def test_another_encoder_makes_another_store(config: Config, tmp_path: Path) -> None:
+    before = lineage.store(config).fingerprint
+    weights = tmp_path / "bert" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert lineage.store(config).fingerprint != before
+
+
+def test_without_a_frozen_encoder_the_backbone_names_the_store(tmp_path: Path) -> None:
+    data = {"synthetic": {"chunks": 60, "train_questions": 5, "test_questions": 5}}
+    config = parse({"root": str(tmp_path), "data": data, "backbone": {"train": True}})
+    prepare.run(config)
+    assert lineage.store(config).fingerprint != lineage.store(changed(config, "backbone.warmstart.steps", 7)).fingerprint
