@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from intra.backbone.attention import capturing
 from intra.backbone.locate import digest, load_tokenizer, one_line, resolve, token_ids, tokenizer_digest
@@ -174,38 +175,35 @@ class Backbone:
         With `echo` the question's encoder states stand between prompt and tokens, to each of which their mean is added; the result has
         R + E queries: those of the tokens, then those of the E states of the longest question, zero where a question has fewer.
         """
-        count = tokens.shape[0]
-        lengths = torch.tensor([len(ids) for ids in prompt_ids])
-        echoes = [states[1:-1] for states in self.encode(self.echo_ids(prompt_ids))] if self.echo else []
-        echoed = torch.tensor([len(states) for states in echoes]) if self.echo else torch.zeros_like(lengths)
-        padded = torch.full((len(prompt_ids), int((lengths + echoed).max()) + count), self.tokenizer.pad_token_id)
-        for row, ids in enumerate(prompt_ids):
-            padded[row, : len(ids)] = torch.tensor(ids)
-        rows = torch.arange(len(prompt_ids), device=self.device)[:, None]
-        columns = ((lengths + echoed)[:, None] + torch.arange(count)[None, :]).to(self.device)
-        decoder = self.model.get_decoder()
-        embeddings = decoder.embed_tokens(padded.to(self.device))
-        tokens = tokens.to(embeddings).expand(len(prompt_ids), *tokens.shape)
-        if self.echo:
-            places = torch.arange(int(echoed.max()))[None, :]
-            spoken = (places < echoed[:, None]).to(self.device)
-            places = (lengths[:, None] + places).to(self.device)
-            states = torch.nn.utils.rnn.pad_sequence(echoes, batch_first=True).to(embeddings)
-            embeddings = embeddings.index_put((rows.expand_as(places)[spoken], places[spoken]), states[spoken])
-            tokens = tokens + (states.sum(dim=1) / echoed.clamp(min=1).to(states)[:, None])[:, None]
-        embeddings = embeddings.index_put((rows, columns), tokens)
+        decoder, count = self.model.get_decoder(), len(tokens)
+        tokens = tokens.to(self.device, self.dtype)
+        inputs, read = [], []
+        for ids, echo in zip(prompt_ids, self._echoes(prompt_ids), strict=True):
+            prompt = decoder.embed_tokens(torch.tensor(ids, device=self.device))
+            inputs.append(torch.cat([prompt, echo, tokens + echo.mean(dim=0) if len(echo) else tokens]))
+            first = len(ids) + len(echo)
+            read.append([*range(first, first + count), *range(len(ids), first)])
+        widest = max(len(places) for places in read)
+        columns = torch.tensor([[*places, *[0] * (widest - len(places))] for places in read], device=self.device)
+        rows = torch.arange(len(read), device=self.device)[:, None]
         memory = self._ready(memory)
         sink: dict[int, Tensor] = {}
         with capturing(self.model):
             decoder(
-                inputs_embeds=embeddings, encoder_hidden_states=memory.states, encoder_attention_mask=memory.mask, use_cache=False,
-                query_sink=sink,
+                inputs_embeds=pad_sequence(inputs, batch_first=True), encoder_hidden_states=memory.states,
+                encoder_attention_mask=memory.mask, use_cache=False, query_sink=sink,
             )  # fmt: skip
-        if self.echo:
-            columns = torch.cat([columns, places.clamp(max=padded.shape[1] - 1)], dim=1)
-            spoken = torch.cat([spoken.new_ones(len(prompt_ids), count), spoken], dim=1)
         found = torch.stack([sink[layer].transpose(1, 2)[rows, columns].transpose(1, 2) for layer in range(self.layers)], dim=1)
-        return found * spoken[:, None, None, :, None] if self.echo else found
+        if widest > count:
+            spoken = torch.arange(widest)[None, :] < torch.tensor([len(places) for places in read])[:, None]
+            found = found * spoken[:, None, None, :, None].to(found)
+        return found
+
+    def _echoes(self, prompt_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The encoder's states of each prompt's question, between <bos> and <eos>: [n, d]; n = 0 where nothing is echoed."""
+        if not self.echo:
+            return [torch.zeros(0, self.hidden_size, dtype=self.dtype, device=self.device)] * len(prompt_ids)
+        return [states[1:-1] for states in self.encode(self.echo_ids(prompt_ids))]
 
     def keys(self, vectors: Tensor, layer: int) -> Tensor:
         """The cross-attention keys of encoder states (or means of them) in one decoder layer: k_proj, then k_norm.
