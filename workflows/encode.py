@@ -97,6 +97,7 @@ def timed(config: Config) -> Progress:
         with claim.hold(store) as mine:
             if not _complete(store):  # another run may just have ended
                 return _make(config, store, mine)
+    claim.sweep(store)
     return Progress(0, 0, time.time())
 
 

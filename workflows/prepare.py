@@ -68,6 +68,7 @@ def run(config: Config) -> str:
         with claim.hold(artifact):
             if not artifact.complete():  # another run may just have ended
                 print(f"prepare: {_summary(_make(config, artifact))}")
+    claim.sweep(artifact)
     return artifact.url
 
 

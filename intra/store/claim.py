@@ -94,6 +94,14 @@ def holder(store: Artifact) -> str | None:
     return None if found is None or _dead(store, number, found) else _who(found)
 
 
+def sweep(store: Artifact) -> None:
+    """Of a complete store: removes the claim that a run of this machine left, killed between the last write and giving the store back."""
+    number = _highest(store)
+    found = _read(store, number) if number else None
+    if found is not None and found.get("host") == _host() and not _runs(int(found.get("pid", 0)), found.get("born")):
+        storage.remove(store.path(CLAIM))
+
+
 def _dead(store: Artifact, number: int, found: dict[str, Any]) -> bool:
     if found.get("host") == _host():
         return not _runs(int(found.get("pid", 0)), found.get("born"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from intra import cli, storage
+from intra import cli, lineage, storage
+from intra.config import load
 from intra.errors import UserError, WorkflowError
 from intra.store import claim
 from tests.data.conftest import PASSAGES, folder, make, write_lines  # noqa: F401  (folder is a fixture)
@@ -66,17 +69,13 @@ def test_made_once_and_tracked_then_left_alone(
 
 
 def test_changed_input_is_another_dataset(file: str, folder: Path) -> None:  # noqa: F811
-    from intra import config, lineage
-
-    before = lineage.dataset(config.load(file)).url
+    before = lineage.dataset(load(file)).url
     write_lines(folder / "passages.b.jsonl", PASSAGES[:2:-1])
-    assert lineage.dataset(config.load(file)).url != before
+    assert lineage.dataset(load(file)).url != before
 
 
 def test_two_runs_do_not_make_one_dataset_at_once(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from intra import config, lineage
-
-    artifact = lineage.dataset(config.load(file))
+    artifact = lineage.dataset(load(file))
     with claim.hold(artifact):
         assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file]) == 1
     assert f"error: dataset {artifact.url} is being made by another run" in capsys.readouterr().err
@@ -114,25 +113,23 @@ class Deadly:
 def test_two_processes_write_the_same_bytes(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from intra import config, lineage
-
     monkeypatch.setenv("RAY_worker_niceness", "0")
     ours = not ray.is_initialized()
     try:
         for name, workers in (("one", 1), ("two", 2)):
             limits = ["data.near_duplicates=0.5", "data.deduplicate=true"]
-            prepare.run(config.load(file, [f"root={tmp_path}/{name}", f"data.workers={workers}", *limits]))
-        one, two = (lineage.dataset(config.load(file, [f"root={tmp_path}/{name}", *limits])) for name in ("one", "two"))
+            prepare.run(load(file, [f"root={tmp_path}/{name}", f"data.workers={workers}", *limits]))
+        one, two = (lineage.dataset(load(file, [f"root={tmp_path}/{name}", *limits])) for name in ("one", "two"))
         assert one.fingerprint == two.fingerprint
         assert storage.files(one.url) == storage.files(two.url)
         for part in storage.files(one.url):
             if part != "config.json":  # which says how many there were
                 assert storage.read_bytes(one.path(part)) == storage.read_bytes(two.path(part)), part
         with pytest.raises(WorkflowError, match=r"prepare: read: 1 of 2 files were given up, their workers died again and again"):
-            list(prepare._fan(config.load(file, ["data.workers=2"]), Deadly, (), [{"part": 0}, {"part": 1}], "read"))
-        write_lines(Path(str(config.load(file).data.path)) / "passages.b.jsonl", ["{"])
+            list(prepare._fan(load(file, ["data.workers=2"]), Deadly, (), [{"part": 0}, {"part": 1}], "read"))
+        write_lines(Path(str(load(file).data.path)) / "passages.b.jsonl", ["{"])
         with pytest.raises(UserError, match=r"prepare: .*passages.b.jsonl:1: not valid JSON"):
-            prepare.run(config.load(file, [f"root={tmp_path}/three", "data.workers=2"]))
+            prepare.run(load(file, [f"root={tmp_path}/three", "data.workers=2"]))
     finally:
         if ours:
             ray.shutdown()
@@ -150,3 +147,20 @@ def test_files_of_the_hub_are_planned_and_not_fetched_offline(tmp_path: Path, ca
     assert cli.main(prepare.__doc__, prepare.plan, prepare.run, call) == 2
     assert "configs/quickstart.yaml makes a synthetic world" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
+
+
+def test_the_claim_of_a_run_that_died_at_the_end_is_taken_away(file: str) -> None:
+    """Killed after the manifest, before it gave the dataset back; the claim of a run that lives stays."""
+    config = load(file)
+    prepare.run(config)
+    artifact = lineage.dataset(config)
+    before = sorted(storage.files(artifact.url))
+    source = "import os; from intra.artifact import Artifact; from intra.store import claim; "
+    taken = f"claim.take(Artifact('dataset', {artifact.url!r}, {artifact.fingerprint!r}, 'prepare')); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", source + taken], cwd=Path(__file__).parents[2]).returncode == -9
+    assert sorted(storage.files(artifact.url)) == sorted([*before, "claim/000001.json"])
+    prepare.run(config)
+    assert sorted(storage.files(artifact.url)) == before
+    with claim.hold(artifact):
+        prepare.run(config)
+        assert claim.holder(artifact) is not None
