@@ -59,18 +59,27 @@ def initial(backbone: Backbone, questions: Sequence[Question], chunks: int, pool
 
 
 def retrieval_pass(backbone: Backbone, questions: Sequence[Question], settings: RetrieverSettings, chunk_tokens: float) -> float:
-    """The decoder over question and retrieval tokens, with S_0's chunks of `chunk_tokens` each in its memory."""
-    own = _mean(len(ids) for ids in backbone.prompt_ids([question.question for question in questions])) + settings.tokens
-    return _decoder(backbone, own, settings.initial_context * chunk_tokens)
+    """The decoder over question and retrieval tokens, with S_0's chunks of `chunk_tokens` each in its memory; the echo is encoded anew."""
+    again = echoed(backbone, questions)
+    own = _mean(len(ids) for ids in backbone.prompt_ids([question.question for question in questions])) + settings.tokens + again
+    return _decoder(backbone, own, settings.initial_context * chunk_tokens) + 2 * again * linear(backbone.model.get_encoder())
 
 
-def scoring(backbone: Backbone, settings: RetrieverSettings, chunks: float, batch: int, scans: int = 1) -> float:
-    """s_i of so many chunks, `scans` times; a batch of questions shares the keys."""
-    vectors = chunks * settings.pooled_length
+def echoed(backbone: Backbone, questions: Sequence[Question]) -> float:
+    """Tokens of a question that its retrieval pass reads as encoder states, and retrieves by (`Backbone.echo`)."""
+    if not backbone.echo:
+        return 0.0
+    prompts = backbone.prompt_ids([question.question for question in questions])
+    return _mean(len(ids) - 2 for ids in backbone.echo_ids(prompts))
+
+
+def scoring(backbone: Backbone, settings: RetrieverSettings, chunks: float, batch: int, scans: int = 1, echo: float = 0.0) -> float:
+    """s_i of so many chunks, `scans` times; a batch of questions shares the keys. `echo`: tokens beside the retrieval tokens."""
+    vectors, tokens = chunks * settings.pooled_length, settings.tokens + echo
     if settings.scoring == "mixed":
-        return scans * 2 * vectors * settings.tokens * backbone.hidden_size
+        return scans * 2 * vectors * tokens * backbone.hidden_size
     keys = backbone.hidden_size * backbone.kv_heads * backbone.head_dim / batch
-    return float(scans * 2 * vectors * backbone.layers) * (keys + backbone.heads * settings.tokens * backbone.head_dim)
+    return float(scans * 2 * vectors * backbone.layers) * (keys + backbone.heads * tokens * backbone.head_dim)
 
 
 def answer(backbone: Backbone, questions: Sequence[Question], answers: Sequence[str], memory_tokens: float) -> float:

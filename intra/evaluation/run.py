@@ -234,8 +234,6 @@ class Searches:
 
     def cost(self, name: str) -> dict[str, float | None]:
         """What index and search took when they were made, seconds and operations with those of the parts; None: not written down then."""
-        for part in self._all_of(name):
-            self.ranking(part)  # the method's own may be complete where a part's, deeper this time or deleted, is not
         made = [lineage.ranking(self.parts.config, part, self.marks).manifest() for part in self._all_of(name)]
         found: dict[str, float | None] = {key: sum(facts[key] for facts in made) for key in ("index_seconds", "search_seconds")}
         counted = [facts["operations"] for facts in made if facts.get("operations") is not None]
@@ -274,12 +272,14 @@ class Searches:
 
     def _ranking(self, name: str) -> Rankings:
         artifact, depth = lineage.ranking(self.parts.config, name, self.marks), min(self._depths[name], len(self.pool))
+        for part in self.parts.config.evaluate.parts(name):
+            # Before the clock starts: their cost is theirs. And where this ranking is complete: theirs may be deeper this time, or deleted.
+            self.ranking(part)
         if artifact.complete():
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
             return rankings
         for part in self.parts.config.evaluate.parts(name):
-            self.ranking(part)  # before the clock starts: their cost is theirs
             if part in INTRINSIC:
                 self.parts.intrinsic[part].search(self.questions, depth)  # S_0, read or made: in memory from here on
         with cost.Meter() as meter:
@@ -302,12 +302,15 @@ class Searches:
         backbone, settings, chunks = self.parts.backbone, self.parts.retriever.settings, len(self.pool)
         if name == "maxsim":
             return cost.initial(backbone, self.questions, chunks, settings.pooled_length)
+        echoed = cost.echoed(backbone, self.questions)
         read = cost.retrieval_pass(backbone, self.questions, settings, sum(self.pool.table["n_tokens"].to_pylist()) / chunks)
         batch = self.parts.config.retriever.query_batch
         # A mixture's normalisers take a scan of the pool of their own.
         scans = (name == "intra") + (settings.scoring == "mixture")
         context = settings.initial_context if name == "s0_reranked" else 0
-        return read + cost.scoring(backbone, settings, chunks, batch, scans) + cost.scoring(backbone, settings, context, batch)
+        return read + sum(
+            cost.scoring(backbone, settings, scored, batch, times, echoed) for scored, times in ((chunks, scans), (context, 1))
+        )
 
 
 def _reader(parts: Parts, pool: Pool) -> Reader:
