@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
+from intra.backbone import locate
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.method import Method
@@ -63,6 +64,7 @@ def run(config: Config) -> str:
     if artifact.complete():
         return artifact.url
     device = _device(config)
+    _check_prefixes(config)
     _check_questions(config)
     with tracking.step(config, "train", artifact) as step:
         _make(config, artifact, device, step)
@@ -176,6 +178,13 @@ def _check_questions(config: Config) -> None:
         raise UserError(f"dataset {dataset.url} holds no training questions; check data.train_split and run workflows/prepare.py")
     for question in questions:
         negatives.example(question, row_of, [], 0, 0)
+
+
+def _check_prefixes(config: Config) -> None:
+    """Raises UserError where prefixes are to be kept for a backbone whose retrieval pass begins with more than the prompt."""
+    room = config.retriever.train.prefix_cache_mb
+    if room and locate.FROZEN in storage.read_json(lineage.backbone(config).path("config.json")):
+        raise UserError(f"retriever.train.prefix_cache_mb: found {room}; this backbone's retrieval pass echoes the question: set it to 0")
 
 
 def _device(config: Config) -> str:

@@ -49,6 +49,9 @@ class Prefixes:
     """
 
     def __init__(self, backbone: Backbone, store: ChunkStore, initial_context: int, megabytes: int) -> None:
+        """Raises ValueError for a backbone that echoes the question: its pass has more before the tokens than the prompt."""
+        if backbone.echo:
+            raise ValueError("a prefix holds the prompt alone")
         self.backbone, self.store, self.initial_context = backbone, store, initial_context
         self.room = megabytes * 2**20
         self._kept: dict[str, Prefix] = {}

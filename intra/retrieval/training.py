@@ -156,10 +156,6 @@ class Trainer:
         self.done = 0
         self.curve = torch.zeros(settings.steps, len(COLUMNS))
         room, n_0 = settings.prefix_cache_mb, retriever.settings.initial_context
-        if room and backbone.echo:
-            raise UserError(
-                f"retriever.train.prefix_cache_mb: found {room}; this backbone's retrieval pass echoes the question: set it to 0"
-            )
         self.prefixes = Prefixes(backbone, store, n_0, room) if room else None
         self.trained = trained(retriever, settings.train_tokens)
         self.optimizer = torch.optim.AdamW(
