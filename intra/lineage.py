@@ -44,20 +44,23 @@ def from_scratch(config: Config) -> bool:
 
 
 def dataset(config: Config) -> Artifact:
-    architecture = config.backbone.architecture
-    tokenizer: object = locate.tokenizer_digest(config.backbone.model, config.backbone.revision) if not from_scratch(config) else None
-    if from_scratch(config) and architecture.encoder is not None:
-        tokenizer = locate.encoder_digest(architecture.encoder, locate.TOKENIZER_FILES)
-    elif from_scratch(config):
-        tokenizer = {"scratch": architecture.tokenizer, "vocabulary": architecture.vocabulary}
     return _artifact(
         config,
         "dataset",
         data=sources.identity(config.data),
         inputs=sources.digests(config.data),
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(config),
         seed=config.seed,
     )
+
+
+def _tokenizer(config: Config) -> object:
+    architecture = config.backbone.architecture
+    if not from_scratch(config):
+        return locate.tokenizer_digest(config.backbone.model, config.backbone.revision)
+    if architecture.encoder is not None:
+        return locate.encoder_digest(architecture.encoder, locate.TOKENIZER_FILES)
+    return {"scratch": architecture.tokenizer, "vocabulary": architecture.vocabulary}
 
 
 def backbone(config: Config) -> Artifact:

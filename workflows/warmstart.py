@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -30,10 +30,16 @@ from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
+from intra.method import Method
+
+if TYPE_CHECKING:
+    from intra.data.schema import Pool, Question
+    from intra.retrieval.negatives import Rows
 
 READING_QUESTIONS = 300  # of the test split, for the model card's scores
 READING_CHUNKS = 5
 NEAR = 50  # of BM25's ranking of a question, from which distractors are drawn
+BM25 = "bm25"  # below a run's folder: what BM25 ranks near the training questions
 CURVE = "curve.json"  # of a checkpoint: the rows so far
 POLL = 2.0  # seconds between two looks at the progress, and between two notes of it
 
@@ -46,10 +52,8 @@ def plan(config: Config) -> list[str]:
     if backbone.complete():
         return [f"warmstart: backbone {backbone.url} is complete"]
     recipe = config.backbone.warmstart
-    start = f"'{config.backbone.model}'"
-    if lineage.from_scratch(config):
-        encoder = config.backbone.architecture.encoder
-        start = "random weights" if encoder is None else f"the frozen encoder '{encoder}'"
+    start = "random weights" if lineage.from_scratch(config) else f"'{config.backbone.model}'"
+    start += f" over the frozen encoder '{config.backbone.architecture.encoder}'" if lineage.over_encoder(config) else ""
     stages = "".join(f"; stage {stage.name} {stage.share:.0%}" for stage in recipe.stages or [])
     split = " that share the weights" if recipe.shard and recipe.workers > 1 else ""
     waits = "" if dataset.complete() else f"; waits for the dataset {dataset.url} (workflows/prepare.py)"
@@ -76,8 +80,8 @@ def run(config: Config) -> str:
 
 
 def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
+    from intra.backbone import checkpoint as checkpoints
     from intra.backbone import curriculum, tiny
-    from intra.backbone import warmstart as training_steps
     from intra.data.schema import to_parquet
 
     dataset = lineage.dataset(config)
@@ -87,9 +91,9 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
     started = time.monotonic()
     checkpoint = _fit(config, training, step)
     seconds = time.monotonic() - started
-    module = _module(config, dataset.url, weights=False)
+    module = _module(config, dataset.url)
     with checkpoint.as_directory() as folder:
-        training_steps.load(module, None, Path(folder))
+        checkpoints.load(module, None, Path(folder))
         rows = json.loads((Path(folder) / CURVE).read_text())
     backbone = module.backbone
     scores = _reading(config, backbone)
@@ -136,6 +140,7 @@ def _fit(config: Config, training: str, step: tracking.Run) -> Any:
         train_loop_config={
             "config": config.model_dump(),
             "dataset": lineage.dataset(config).url,
+            "training": training,
             "tracking": [step.uri, step.run_id],
             "progress": progress,
         },
@@ -198,6 +203,7 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch
     import torch.distributed
 
+    from intra.backbone import checkpoint as checkpoints
     from intra.backbone import curriculum, warmstart
     from intra.config import parse
     from intra.data import cloze
@@ -213,20 +219,21 @@ def _worker(settings: dict[str, Any]) -> None:
     if recipe.gpus_per_worker > 0:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
-    module = _module(config, dataset)
+    pool = read_pool(dataset) if config.data.source != "synthetic" or lineage.over_encoder(config) else None
+    module = _module(config, dataset, _sample(config, pool) if pool is not None and lineage.over_encoder(config) else ())
     warmstart.place(module, recipe, device, workers)
     optimizer = warmstart.optimizers(module, recipe)
     start, rows = 0, []
     resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as folder:
-            start = warmstart.load(module, optimizer, Path(folder))
+            start = checkpoints.load(module, optimizer, Path(folder))
             rows = json.loads((Path(folder) / CURVE).read_text())
-    if config.data.source == "synthetic":
+    if config.data.source == "synthetic" or pool is None:
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
-        pool, questions = read_pool(dataset), read_questions(dataset, "train")
-        near = _near(pool, questions) if recipe.bm25_distractors else None
+        questions = read_questions(dataset, "train")
+        near = _near(pool, questions, storage.join(settings["training"], BM25), rank, workers) if recipe.bm25_distractors else None
         made = cloze.questions(pool, config.seed) if recipe.cloze_share else []
         batches = curriculum.question_batches(config, module.backbone, pool, questions, rank, workers, near, made)
     fresh = curriculum.fresh_batches(config, module.backbone)
@@ -249,7 +256,7 @@ def _worker(settings: dict[str, Any]) -> None:
         rows.append(row)
         show(row)
         with tempfile.TemporaryDirectory() as folder:
-            warmstart.save(module, optimizer, Path(folder), step, rank, workers)
+            checkpoints.save(module, optimizer, Path(folder), step, rank, workers)
             if rank == 0:
                 (Path(folder) / CURVE).write_text(json.dumps(rows))
             own = any(Path(folder).iterdir())
@@ -269,30 +276,37 @@ def _worker(settings: dict[str, Any]) -> None:
     )
 
 
-def _near(pool: Any, questions: Sequence[Any]) -> dict[str, list[int]]:
-    """BM25's first chunks of each question that share a word with it, by question id: rows of the pool."""
+def _near(pool: Pool, questions: Sequence[Question], folder: str, rank: int, workers: int) -> dict[str, Rows]:
+    """BM25's first chunks of each question that share a word with it, by question id; kept below the URL `folder` for all workers."""
+    import torch.distributed
+
     from intra.baselines.lexical import BM25
+    from intra.retrieval import training
 
-    method = BM25()
-    method.index(pool)
-    return {key: [pool.row_of[chunk] for chunk, score in found if score > 0] for key, found in method.search(questions, NEAR).items()}
+    def index() -> Method:
+        method = BM25()
+        method.index(pool)
+        return method
+
+    together = training.Workers(rank, workers, barrier=torch.distributed.barrier) if workers > 1 else training.Workers()
+    found = training.method_rows(index, pool.row_of, questions, NEAR, folder, together)
+    return {question.question_id: rows for question, rows in zip(questions, found, strict=True)}
 
 
-def _module(config: Config, dataset: str, weights: bool = True) -> Any:
+def _module(config: Config, dataset: str, sample: Sequence[str] = ()) -> Any:
     """The backbone in training, at its start: random weights and the tokenizer of the dataset (its URL), or the given model; float32.
 
-    `weights` false: they are read from a checkpoint afterwards, so what takes long to make of them is left out.
+    `sample`: texts by which a frozen encoder is whitened. Without them its weights are to be read from a checkpoint.
     """
     from intra.backbone import adopted, locate, model, tiny, warmstart
 
     if lineage.from_scratch(config):
         tokenizer = locate.load_tokenizer(storage.join(dataset, "tokenizer"))
-        if config.backbone.architecture.encoder is not None:
-            built = adopted.build(
-                config.backbone.architecture, tokenizer, config.seed, _sample(config, dataset, tokenizer) if weights else ()
-            )
+        architecture = config.backbone.architecture
+        if lineage.over_encoder(config):
+            built = adopted.build(architecture, tokenizer, config.seed, sample)
         else:
-            built = tiny.build(config.backbone.architecture, tokenizer, config.seed)
+            built = tiny.build(architecture, tokenizer, config.seed)
         backbone = model.Backbone(built, tokenizer, config.backbone.prompt)
     else:
         backbone = model.load(config.backbone.model, config.backbone.revision, dtype="float32", device="cpu", prompt=config.backbone.prompt)
@@ -303,15 +317,13 @@ def _module(config: Config, dataset: str, weights: bool = True) -> Any:
     return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring, recipe.head_weights == "equal")
 
 
-def _sample(config: Config, dataset: str, tokenizer: Any) -> list[list[int]]:
-    """Encoder inputs of some of the pool's chunks."""
-    from intra.backbone import curriculum, locate
+def _sample(config: Config, pool: Pool) -> list[str]:
+    """The encoder's texts of some of the pool's chunks."""
+    from intra.backbone import curriculum
     from intra.data.chunking import chunk_text
-    from intra.data.schema import read_pool
 
-    pool = read_pool(dataset)
     rows = curriculum.extra_rows(len(pool), config.backbone.architecture.encoder_sample, config.seed)
-    return locate.token_ids(tokenizer, [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows])
+    return [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows]
 
 
 # -- the curve --------------------------------------------------------------------------------------------------------
@@ -395,12 +407,26 @@ def _reading(config: Config, backbone: Any) -> dict[str, tuple[float, int]]:
     return {name: (sum(values) / len(values), len(values)) for name, values in sorted(hits.items())}
 
 
+def _start(config: Config) -> str:
+    """Where the backbone starts, for its card."""
+    size = config.backbone.architecture
+    decoder = f"hidden size {size.hidden_size}, {size.heads} heads, {size.kv_heads} key-value heads"
+    if lineage.over_encoder(config):
+        return (
+            f"the frozen encoder `{size.encoder}`, its states whitened, and a decoder of {size.decoder_layers} layers ({decoder}) "
+            f"whose first {size.matching_heads} heads began as the identity"
+        )
+    if lineage.from_scratch(config):
+        return f"random weights ({size.encoder_layers} encoder and {size.decoder_layers} decoder layers, {decoder})"
+    return f"`{config.backbone.model}`"
+
+
 def _card(
     config: Config, dataset: Artifact, parameters: int, seconds: float, metrics: Mapping[str, Any], scores: dict[str, tuple[float, int]]
 ) -> str:
     from intra.backbone import curriculum
 
-    recipe, architecture = config.backbone.warmstart, config.backbone.architecture
+    recipe = config.backbone.warmstart
     stages = curriculum.stages(recipe)
     losses = "; ".join(
         (f"{stage.name}, {stage.stop - stage.start:,} steps: " if recipe.stages else "")
@@ -417,16 +443,6 @@ def _card(
         f"Trained with supervision beyond answers: {'; '.join(supervised)}. It is **not** pretrained only for generation."
         if supervised
         else "Trained on answers alone, without any supervision of retrieval."
-    )
-    heads = f"{architecture.heads} heads, {architecture.kv_heads} key-value heads"
-    start = (
-        f"the frozen encoder `{architecture.encoder}`, its states whitened, and a decoder of {architecture.decoder_layers} layers "
-        f"(hidden size {architecture.hidden_size}, {heads}) whose first {architecture.matching_heads} heads began as the identity"
-        if lineage.from_scratch(config) and architecture.encoder is not None
-        else f"random weights ({architecture.encoder_layers} encoder and {architecture.decoder_layers} decoder layers, hidden size "
-        f"{architecture.hidden_size}, {heads})"
-        if lineage.from_scratch(config)
-        else f"`{config.backbone.model}`"
     )
     data = (
         f"mini-worlds of the synthetic generator (seed {config.seed}, training names only)"
@@ -449,7 +465,7 @@ tags: [t5gemma2, intra]
 Text only; {parameters:,} parameters (`T5Gemma2ForConditionalGeneration`, unmodified). {supervision}
 
 - Data: {data}.
-- Start: {start}.
+- Start: {_start(config)}.
 - Loss weights: {losses}.
 - Training: {length}; seed {config.seed}; {seconds / 60:.1f} minutes with {recipe.workers} worker(s) of
   {recipe.threads} thread(s) (since the last start, where the run was cut off){how}.

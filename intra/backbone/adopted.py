@@ -20,7 +20,7 @@ A model directory of this family is a T5Gemma 2's with `frozen_encoder`, the BER
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,18 +29,19 @@ from transformers import BertConfig, BertModel, T5Gemma2Config, T5Gemma2ForCondi
 from transformers.modeling_outputs import BaseModelOutput
 
 from intra.backbone import locate, tiny
-from intra.backbone.model import pool_all
+from intra.backbone.locate import FROZEN
+from intra.backbone.model import Backbone, pool_all
 from intra.config import ArchitectureConfig
 from intra.errors import UserError
+from intra.whitening import moments, whitening
 
-KEY = "frozen_encoder"
-FLOOR = 1e-3  # of the eigenvalues that whitening divides by, as a share of the largest
+SPECIAL = {"pad_token": "[PAD]", "bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]"}
 NOISE = 0.1  # of the random weights that stay beside an identity
 SAY = 0.3  # of a layer's attention, against what came in: it matches what it has read with what it asks for
 MLP = 0.1
 ROPE_THETA = 1e6  # half of a head's rotary pairs hardly turn within a thousand tokens
 POOLED = 7  # vectors a chunk that the whitening is of
-BATCH = 64  # tokens by themselves, or chunks of a sample, encoded at once
+BATCH = 64  # chunks of a sample, or eight times as many tokens by themselves, encoded at once
 
 
 class FrozenEncoder(torch.nn.Module):  # type: ignore[misc]
@@ -65,33 +66,35 @@ class Adopted(T5Gemma2ForConditionalGeneration):  # type: ignore[misc]
     def __init__(self, config: T5Gemma2Config) -> None:
         super().__init__(config)
         self.model.all_tied_weights_keys = {}  # of the encoder that goes
-        self.model.encoder = FrozenEncoder(BertConfig(**getattr(config, KEY)))
+        self.model.encoder = FrozenEncoder(BertConfig(**getattr(config, FROZEN)))
         self.post_init()
-
-    def get_encoder(self, modality: str | None = None) -> FrozenEncoder:
-        encoder: FrozenEncoder = self.model.encoder
-        return encoder
 
 
 def tokenizer(encoder: str) -> Any:
     """The encoder's own tokenizer, its first and last special token as <bos> and <eos>: a transformers fast tokenizer."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     path = locate.encoder_folder(encoder) / "tokenizer.json"
     try:
-        made = PreTrainedTokenizerFast(
-            tokenizer_file=str(path), pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", padding_side="right",
-            clean_up_tokenization_spaces=False,
-        )  # fmt: skip
+        words = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         raise UserError(f"{path}: cannot be read as a tokenizer ({locate.one_line(error)}); put a valid one there") from error
-    made.backend_tokenizer.no_truncation()
-    made.backend_tokenizer.no_padding()
-    return made
+    absent = [token for token in SPECIAL.values() if words.token_to_id(token) is None]
+    if absent:
+        raise UserError(f"{path}: has no {absent[0]}; put the tokenizer of a BERT there")
+    words.no_truncation()
+    words.no_padding()
+    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="right", clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def build(architecture: ArchitectureConfig, words: Any, seed: int, sample: Sequence[Sequence[int]]) -> Adopted:
-    """The untrained backbone (fp32, CPU): `words` is the tokenizer, `sample` encoder inputs of the corpus, for the whitening.
+def positions(encoder: str) -> int:
+    """The longest text the encoder reads, in tokens."""
+    return int(BertConfig.from_pretrained(locate.encoder_folder(encoder)).max_position_embeddings)
+
+
+def build(architecture: ArchitectureConfig, words: Any, seed: int, sample: Sequence[str]) -> Adopted:
+    """The untrained backbone (fp32, CPU): `words` is the tokenizer, `sample` texts of the corpus, for the whitening.
 
     Without a sample the whitening stays at random, for weights that are read afterwards. The global random state is left as it was.
     Raises UserError: the encoder is no BERT, or of another width than `architecture.hidden_size`.
@@ -103,18 +106,15 @@ def build(architecture: ArchitectureConfig, words: Any, seed: int, sample: Seque
         raise UserError(
             f"backbone.architecture.hidden_size: found {architecture.hidden_size}; the encoder '{architecture.encoder}' has {width}"
         )
-    if architecture.head_dim % 2:
-        raise UserError(f"backbone.architecture.head_dim: found {architecture.head_dim}; rotary positions need an even number")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model: Adopted = Adopted(_config(architecture, words, bert.config)).eval()
-        encoder = model.get_encoder()
-        encoder.bert.load_state_dict(bert.state_dict())
-        with torch.no_grad():
-            if sample:
-                _whiten(encoder, sample, words.pad_token_id)
-                _name_words(model, words)
-            _start(model, architecture)
+        model.get_encoder().bert.load_state_dict(bert.state_dict())
+        if sample:
+            backbone = Backbone(model, words)
+            _whiten(backbone, sample)
+            _name_words(backbone)
+        _start(model, architecture)
     model.generation_config = tiny.greedy(words, [words.eos_token_id])
     return model
 
@@ -140,47 +140,37 @@ def _config(architecture: ArchitectureConfig, words: Any, bert: BertConfig) -> T
     decoder.rope_parameters = {kind: {"rope_type": "default", "rope_theta": ROPE_THETA} for kind in ("full_attention", "sliding_attention")}
     decoder.matching_heads = architecture.matching_heads
     values = bert.to_dict()
-    setattr(made, KEY, {name: values[name] for name in (
+    setattr(made, FROZEN, {name: values[name] for name in (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
         "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
     )} | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})  # fmt: skip
     return made
 
 
-def _whiten(encoder: FrozenEncoder, sample: Sequence[Sequence[int]], pad: int) -> None:
+def _whiten(backbone: Backbone, sample: Sequence[str]) -> None:
     """The sample's pooled vectors to mean 0 and covariance 1; the rotation behind makes equal parts of a vector say equally much."""
-    vectors = torch.cat([pool_all(states, POOLED).flatten(0, 1) for states in _states(encoder.bert, sample, pad)]).double()
-    mean = vectors.mean(dim=0)
-    values, directions = torch.linalg.eigh(torch.cov(vectors.T, correction=0))
-    matrix = directions / values.clamp(min=FLOOR * float(values.max())).sqrt()
-    matrix /= ((vectors - mean) @ matrix).square().mean().sqrt()
+    linear = backbone.model.get_encoder().whitening
+    torch.nn.init.eye_(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+    texts = sorted(backbone.tokenize(sample), key=len)
+    batches = (backbone.encode(texts[first : first + BATCH]) for first in range(0, len(texts), BATCH))
+    found = moments((pool_all(states, POOLED) for states in batches), linear.in_features)
+    matrix = whitening(found.covariance())
     matrix = matrix @ torch.linalg.qr(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
-    encoder.whitening.weight.copy_(matrix.T)
-    encoder.whitening.bias.copy_(-(mean @ matrix))
+    # What the floor leaves of the weakest directions counts less than 1: all together are to have a mean square of 1.
+    matrix /= (matrix.T @ found.covariance() @ matrix).trace().div(len(matrix)).sqrt()
+    linear.weight.copy_(matrix.T)
+    linear.bias.copy_(-(found.mean @ matrix))
 
 
-def _states(bert: BertModel, texts: Sequence[Sequence[int]], pad: int) -> Iterator[list[Tensor]]:
-    """The states of texts, [n, d] each, in batches of like length."""
-    ordered = sorted(texts, key=len)
-    for first in range(0, len(ordered), BATCH):
-        batch = ordered[first : first + BATCH]
-        longest = len(batch[-1])
-        ids = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in batch])
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in batch])
-        states = bert(input_ids=ids, attention_mask=mask).last_hidden_state
-        yield [row[: len(text)] for row, text in zip(states, batch, strict=True)]
-
-
-def _name_words(model: Adopted, words: Any) -> None:
+def _name_words(backbone: Backbone) -> None:
     """The embedding of each token: its whitened state between <bos> and <eos>, of unit spread, as logits are its products."""
-    encoder = model.get_encoder()
-    weight = model.get_decoder().embed_tokens.weight
-    scale = float(model.get_decoder().embed_tokens.embed_scale)
+    words, embedding = backbone.tokenizer, backbone.model.get_decoder().embed_tokens
     for first in range(0, len(words), 8 * BATCH):
         tokens = range(first, min(first + 8 * BATCH, len(words)))
-        ids = torch.tensor([[words.bos_token_id, token, words.eos_token_id] for token in tokens])
-        states = encoder(ids, torch.ones_like(ids)).last_hidden_state[:, 1]
-        weight[first : first + len(tokens)] = states / (states.square().mean(dim=1, keepdim=True).sqrt() * scale)
+        alone = backbone.encode([[words.bos_token_id, token, words.eos_token_id] for token in tokens])
+        states = torch.stack([each[1] for each in alone])
+        embedding.weight[first : first + len(tokens)] = states / (states.square().mean(dim=1, keepdim=True).sqrt() * embedding.embed_scale)
 
 
 def _start(model: Adopted, architecture: ArchitectureConfig) -> None:
@@ -190,7 +180,7 @@ def _start(model: Adopted, architecture: ArchitectureConfig) -> None:
     part = width // matching if matching else 0
     # Rotary position turns dimension j with j + half, the slower the larger j.
     slow = [*range(half - part // 2, half), *range(head_dim - part // 2, head_dim)]
-    copied = min(head_dim, width // (heads - matching)) if heads > matching else 0
+    copied = min(head_dim, width // (heads - matching))
     for layer in model.get_decoder().layers:
         attention = layer.self_attn
         own = slice(0, matching * head_dim)

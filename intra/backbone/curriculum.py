@@ -303,8 +303,8 @@ def question_batches(
             extra, kept = [], []
             if now.extra_chunks and (now.losses.retrieval or now.losses.hop):
                 rng = random.Random(f"intra warm start extra {config.seed} {step * recipe.batch_size + micro[0]}")
-                free = [row for row in bank if row not in seen]
-                rows = rng.sample(free, min(now.extra_chunks, len(free)))
+                drawn_rows = rng.sample(bank, min(len(bank), now.extra_chunks + len(seen)))
+                rows = [row for row in drawn_rows if row not in seen][: now.extra_chunks]
                 extra = backbone.tokenize([chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows])
                 kept = _kept(rng, len(extra), recipe)
             micros.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept))
@@ -313,10 +313,10 @@ def question_batches(
     return batches
 
 
-def extra_rows(pool: int, count: int | None, seed: int) -> list[int]:
+def extra_rows(pool: int, count: int | None, seed: int) -> Sequence[int]:
     """Rows of the pool that extra chunks are drawn from: `count` of them at random, or all."""
     if count is None or count >= pool:
-        return list(range(pool))
+        return range(pool)
     return random.Random(f"intra warm start bank {seed}").sample(range(pool), count)
 
 

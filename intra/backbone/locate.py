@@ -28,6 +28,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "vocab.json", "merges.txt")  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 MODEL_TYPE = "t5gemma2"
+FROZEN = "frozen_encoder"  # key of a config.json whose encoder is a BERT (intra.backbone.adopted): the BERT's configuration
 HUB_TIMEOUT = 5.0  # seconds
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -13,6 +13,7 @@ carry no position, so neither the order of packed chunks nor their number of nei
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from intra.backbone.attention import capturing
-from intra.backbone.locate import digest, load_tokenizer, one_line, resolve, token_ids, tokenizer_digest
+from intra.backbone.locate import FROZEN, digest, load_tokenizer, one_line, resolve, token_ids, tokenizer_digest
 from intra.backbone.tiny import drop_vision, greedy, quiet
 from intra.config import BackboneConfig
 from intra.errors import UserError
@@ -105,7 +106,7 @@ class Backbone:
         self.head_dim: int = config.head_dim
         self.hidden_size: int = config.hidden_size
         self.scaling: float = config.query_pre_attn_scalar**-0.5
-        self.echo = hasattr(model.config, "frozen_encoder")
+        self.echo = hasattr(model.config, FROZEN)
         self.matching_heads: int = getattr(config, "matching_heads", 0)
 
     @property
@@ -161,9 +162,15 @@ class Backbone:
 
     def echo_ids(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Encoder input of each prompt's question: <bos>, what stands for {question}, <eos>."""
-        before, behind = (len(ids) for ids in self._ids(self.prompt.split("{question}", 1), special=False))
+        before, behind = self._around
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return [[bos, *ids[1 + before : len(ids) - behind], eos] for ids in prompt_ids]
+
+    @functools.cached_property
+    def _around(self) -> tuple[int, int]:
+        """The prompt's tokens before and behind the question."""
+        before, behind = self._ids(self.prompt.split("{question}", 1), special=False)
+        return len(before), len(behind)
 
     def queries(self, prompt_ids: Sequence[Sequence[int]], tokens: Tensor, memory: Memory) -> Tensor:
         """The decoder's queries at the retrieval tokens, which follow each row's own last prompt token (paper section 3.2).
@@ -269,7 +276,7 @@ def load(model: str, revision: str | None = None, *, dtype: str = "float32", dev
     folder = resolve(model, revision)
     name = f"backbone.model '{model}'"
     tokenizer = load_tokenizer(str(folder))
-    foreign = adopted.KEY in json.loads((folder / "config.json").read_text())
+    foreign = FROZEN in json.loads((folder / "config.json").read_text())
     kind_of_model: Any = adopted.Adopted if foreign else T5Gemma2ForConditionalGeneration
     try:
         # What the files lack is first made at random (the vision tower of a text-only model): not from the caller's random state.

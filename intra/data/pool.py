@@ -122,6 +122,9 @@ def _tokenizer(config: Config, read: Candidates, wanted: Rows, questions: Sequen
     if (encoder := config.backbone.architecture.encoder) is not None:
         from intra.backbone import adopted
 
+        longest = adopted.positions(encoder)
+        if config.data.chunk_tokens > longest:
+            raise UserError(f"data.chunk_tokens: found {config.data.chunk_tokens}; the encoder '{encoder}' reads at most {longest}")
         adopted.tokenizer(encoder).save_pretrained(folder)
         return folder
 

@@ -80,9 +80,9 @@ def encoder(config: Config) -> Encoder:
         if model not in PUBLISHED:
             raise
         return Encoder(*PUBLISHED[model])
-    if "frozen_encoder" in values:
+    if locate.FROZEN in values:
         above = ("num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size")
-        return _foreign(values["frozen_encoder"], *(int(values["decoder"][name]) for name in above))
+        return _foreign(values[locate.FROZEN], *(int(values["decoder"][name]) for name in above))
     text = values["encoder"]["text_config"]
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     layers, width, ffn, heads, kv_heads, head_dim = (int(text[name]) for name in names)

@@ -6,7 +6,7 @@
                                          states_crc32, pooled_crc32; of both files bytes, data_offset, sha256; seal
     <store>/index.parquet                one line a chunk, in row order (INDEX_SCHEMA)
     <store>/scale.safetensors            int8 only: `mu` [d], `sigma` [d], fp32 (intra.store.quantize)
-    <store>/whitening.safetensors        `mean` [d], `matrix` [d, d], fp32 (intra.store.whitening)
+    <store>/whitening.safetensors        `mean` [d], `matrix` [d, d], fp32 (intra.whitening)
     <store>/config.json                  what shaped the store
     <store>/plan.json                    the stores whose shards it was planned to borrow (intra.store.planning)
     <store>/manifest.json                last: format, fingerprint, encoding, rows, tokens, bytes, hidden_size, pooled_length, dtype,

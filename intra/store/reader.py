@@ -178,7 +178,7 @@ class ChunkStore:
                 yield pending[0], pending[1].result()
 
     def whitening(self) -> tuple[Tensor, Tensor]:
-        """(mean Tensor[d], matrix Tensor[d, d]) fp32: a vector x is whitened as (x - mean) @ matrix (intra.store.whitening)."""
+        """(mean Tensor[d], matrix Tensor[d, d]) fp32: a vector x is whitened as (x - mean) @ matrix (intra.whitening)."""
         tensors = load_safetensors(self._file(WHITENING))
         return tensors["mean"], tensors["matrix"]
 

@@ -59,7 +59,7 @@ from intra.store.format import (
 from intra.store.planning import Lent
 from intra.store.progress import peak_memory
 from intra.store.reader import ChunkStore
-from intra.store.whitening import Moments, whitening
+from intra.whitening import Moments, whitening
 
 if TYPE_CHECKING:  # where it runs it is imported late: it takes seconds, and neither the driver nor a loader needs it
     from intra.backbone.model import Backbone

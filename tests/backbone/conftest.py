@@ -77,8 +77,7 @@ def adopted_folder(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The directory of an untrained backbone over the tiny BERT."""
     path = tmp_path_factory.mktemp("adopted") / "model"
     words = adopted.tokenizer(str(bert))
-    sample = words(sentences(60, seed=7))["input_ids"]
-    tiny.save(adopted.build(over(bert), words, 3, sample), words, path)
+    tiny.save(adopted.build(over(bert), words, 3, sentences(60, seed=7)), words, path)
     return path
 
 

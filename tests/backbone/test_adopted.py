@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from intra.backbone import adopted, curriculum, locate, model, packing, tiny, warmstart
 from intra.config import LossConfig, parse
 from intra.errors import UserError
+from intra.evaluation import cost
+from intra.retrieval import scoring
+from intra.retrieval.prefix import Prefixes
+from intra.retrieval.retriever import RetrieverSettings
 from intra.store import forecast
+from workflows import prepare
 
+from ..conftest import write_world
 from .conftest import over, sentences
 from .warm_start.conftest import config
 
@@ -104,7 +111,7 @@ def test_it_answers_and_is_saved_and_loaded(backbone: model.Backbone, bert: Path
     assert again.model.lm_head.out_proj.weight is again.model.get_decoder().embed_tokens.weight
     assert torch.equal(again.queries(ids, tokens(again), memory(again)), backbone.queries(ids, tokens(backbone), memory(backbone)))
     words = adopted.tokenizer(str(bert))
-    made = [adopted.build(over(bert), words, 3, words(sentences(60, seed=7))["input_ids"]) for _ in range(2)]
+    made = [adopted.build(over(bert), words, 3, sentences(60, seed=7)) for _ in range(2)]
     for one, other in zip(made[0].parameters(), made[1].parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -217,6 +224,7 @@ def test_damaged_encoder_files_are_refused(bert: Path, tmp_path: Path) -> None:
         ("config.json", json.dumps({"model_type": "gpt2"}), "model_type 'gpt2'"),
         ("config.json", "{", "no config.json of a model"),
         ("tokenizer.json", "{", "cannot be read as a tokenizer"),
+        ("tokenizer.json", (bert / "tokenizer.json").read_text().replace("[SEP]", "[END]"), r"has no \[SEP\]"),
     ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(bert, folder)
@@ -255,3 +263,36 @@ def test_the_forecast_knows_it(bert: Path, adopted_folder: Path) -> None:
     real = sum(parameter.numel() for parameter in found.parameters())
     # The BERT's positions are not counted, nor norms and biases; the decoder's words stand once.
     assert abs(made.parameters - (real - 512 * 48)) < 0.05 * real
+
+
+def test_its_tokens_keep_no_prefix(backbone: model.Backbone) -> None:
+    with pytest.raises(ValueError, match="the prompt alone"):
+        Prefixes(backbone, None, 3, 1)  # type: ignore[arg-type]
+
+
+def test_its_operations_count_the_echo(backbone: model.Backbone) -> None:
+    from intra.data.schema import Question
+
+    asked = [Question(str(n), "b", "test", text, (), (), 1, "") for n, text in enumerate(QUESTIONS)]
+    words = sum(len(text.split()) for text in QUESTIONS) / len(QUESTIONS)
+    assert cost.echoed(backbone, asked) == words
+    settings = RetrieverSettings(4, backbone.layers, backbone.heads, backbone.hidden_size, 7, 0, "dot", "per_head", "", "")
+    queries = backbone.queries(backbone.prompt_ids([QUESTIONS[0]]), tokens(backbone), backbone.pack([[]]))
+    vectors = torch.randn(50, 7, backbone.hidden_size, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        scoring.scorer("per_head", queries, backbone, torch.ones(backbone.layers, backbone.heads))(vectors)
+    counted = cost.scoring(backbone, settings, 50, 1, 1, cost.echoed(backbone, asked[:1]))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_chunks_longer_than_the_encoder_reads_are_refused(bert: Path, tmp_path: Path) -> None:
+    write_world(tmp_path / "data")
+    config = parse(
+        {
+            "root": str(tmp_path / "root"),
+            "data": {"source": "jsonl", "path": str(tmp_path / "data"), "passages": "passages.jsonl", "chunk_tokens": 513},
+            "backbone": {"train": True, "architecture": over(bert).model_dump()},
+        }
+    )
+    with pytest.raises(UserError, match=r"data\.chunk_tokens: found 513; the encoder .* reads at most 512"):
+        prepare.run(config)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from intra import whitening
 from intra.backbone import model, tiny
 from intra.config import ArchitectureConfig, RetrieverTrainConfig
 from intra.data.schema import Question
 from intra.retrieval.retriever import Retriever, RetrieverSettings
-from intra.store import whitening
 
 PEOPLE = [
     "ada", "bruno", "cora", "dario", "edith", "felix", "greta", "hugo", "ines", "jonas",

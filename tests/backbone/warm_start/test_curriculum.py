@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from intra.backbone import adopted, curriculum, model, packing, warmstart
+from intra.backbone import checkpoint as checkpoints
 from intra.backbone.packing import EARLY, LATE, Look, PackedWorld, collate, retrieval_segment
 from intra.config import Config, LossConfig
 from intra.data import synthetic
@@ -50,14 +51,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     def checkpoint(step: int, metrics: dict[str, float]) -> None:
         rows.append({"step": step, **metrics})
         if step == 4:
-            warmstart.save(module, optimizer, tmp_path, step)
+            checkpoints.save(module, optimizer, tmp_path, step)
 
     warmstart.train(module, optimizer, made, recipe, checkpoint=checkpoint)
     assert [(row["step"], row["stage"]) for row in rows] == [(2, 1), (4, 2), (6, 2)]
     assert "retrieval" not in rows[0]
     assert rows[1]["retrieval"] > 0
     again, optimizer_again, made_again = fresh()
-    start = warmstart.load(again, optimizer_again, tmp_path)
+    start = checkpoints.load(again, optimizer_again, tmp_path)
     assert start == 4
     last = warmstart.train(again, optimizer_again, made_again, recipe, start=start)
     assert {"step": 6, **last} == rows[-1]
@@ -65,7 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         assert torch.equal(weight, other), name
     (tmp_path / "optimizer-00000.safetensors").unlink()
     with pytest.raises(WorkflowError, match="0 of 1 optimizer files"):
-        warmstart.load(again, optimizer_again, tmp_path)
+        checkpoints.load(again, optimizer_again, tmp_path)
 
 
 def questions(
@@ -122,7 +123,7 @@ def test_a_share_of_the_worlds_has_questions_made_of_passages(backbone: model.Ba
 def test_extra_chunks_come_from_a_bank(backbone: model.Backbone) -> None:
     bank = curriculum.extra_rows(12, 4, 0)
     assert len(set(bank)) == 4
-    assert curriculum.extra_rows(12, None, 0) == curriculum.extra_rows(12, 99, 0) == list(range(12))
+    assert curriculum.extra_rows(12, None, 0) == curriculum.extra_rows(12, 99, 0) == range(12)
     texts = [backbone.tokenize([f"ada\n{text}"])[0] for text in sentences(12)]
     batches = questions(config(questions=1, batch_size=2, micro_batch=2, distractors=0, extra_chunks=9, extra_from=4), backbone)
     drawn = [texts.index(chunk) for step in range(4) for batch in batches(step) for chunk in batch.extra]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from intra.backbone import checkpoint as checkpoints
 from intra.backbone import curriculum, model, packing, warmstart
 from intra.backbone.packing import EARLY, LATE, Look, PackedWorld, collate
 from intra.config import LossConfig
@@ -69,7 +70,7 @@ def one_process(rank: int, folder: str, place: str) -> None:
         module = warmstart.WarmStart(backbone, recipe.losses, POOLED)
         warmstart.place(module, recipe, torch.device("cpu"), 2)
         optimizer = warmstart.optimizers(module, recipe)
-        start = warmstart.load(module, optimizer, Path(place, "sharded-2")) if name == "again" else 0
+        start = checkpoints.load(module, optimizer, Path(place, "sharded-2")) if name == "again" else 0
         fresh = curriculum.fresh_batches(settings, backbone)
         rows: list[dict[str, float]] = []
 
@@ -77,7 +78,7 @@ def one_process(rank: int, folder: str, place: str) -> None:
             rows.append({"step": step, **metrics, **(warmstart.measure(module, fresh) if step == 2 else {})})  # noqa: B023
             target = Path(place, f"{name}-{step}")  # noqa: B023
             target.mkdir(exist_ok=True)
-            warmstart.save(module, optimizer, target, step, rank, 2)  # noqa: B023
+            checkpoints.save(module, optimizer, target, step, rank, 2)  # noqa: B023
             torch.distributed.barrier()
 
         made = curriculum.synthetic_batches(settings, backbone, rank, 2)
@@ -103,7 +104,7 @@ def test_sharded_weights_train_like_whole_ones_and_go_on_from_a_checkpoint(folde
         backbone.model.requires_grad_(True)
         module = warmstart.WarmStart(backbone, LOSSES, POOLED)
         optimizer = warmstart.optimizers(module, config(**SHARDED).backbone.warmstart)
-        assert warmstart.load(module, optimizer, tmp_path / name) == 3
+        assert checkpoints.load(module, optimizer, tmp_path / name) == 3
         assert all(values["exp_avg"].shape == parameter.shape for parameter, values in optimizer.states() if values)
         return {name: weight.detach() for name, weight in module.named_parameters()}
 

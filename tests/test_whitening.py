@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from intra.store.whitening import FLOOR, moments, whitening
+from intra.whitening import FLOOR, moments, whitening
 
 
 def vectors(count: int = 200, size: int = 6) -> torch.Tensor:

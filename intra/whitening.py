@@ -1,4 +1,4 @@
-"""Mean and whitening matrix of the pooled vectors, for S_0's whitened scoring.
+"""Mean and whitening matrix of pooled vectors: of a store, for S_0's whitened scoring; of a sample, for a frozen encoder.
 
 With the covariance C = V diag(e) V^T (float64, over all pooled vectors), matrix = V diag(max(e, FLOOR * max(e)))^-1/2 V^T, and a
 vector x is whitened as (x - mean) @ matrix. The floor keeps directions that hold almost no variance, and so mostly noise, from
