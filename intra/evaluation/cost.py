@@ -53,9 +53,10 @@ class Meter:
 
 
 def initial(backbone: Backbone, questions: Sequence[Question], chunks: int, pooled_length: int) -> float:
-    """S_0 of a question: the encoder, and MaxSim of its tokens with every pooled vector."""
+    """S_0 of a question: the encoder, and MaxSim of its tokens (intra.retrieval.initial.encode) with every pooled vector."""
     tokens = _mean(len(ids) for ids in backbone.tokenize([question.question for question in questions]))
-    return 2 * tokens * (linear(backbone.model.get_encoder()) + chunks * pooled_length * backbone.hidden_size)
+    compared = tokens - 2 if backbone.echo else tokens
+    return 2 * (tokens * linear(backbone.model.get_encoder()) + compared * chunks * pooled_length * backbone.hidden_size)
 
 
 def retrieval_pass(backbone: Backbone, questions: Sequence[Question], settings: RetrieverSettings, chunk_tokens: float) -> float:

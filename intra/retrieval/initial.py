@@ -85,8 +85,11 @@ def search(backbone: Backbone, store: ChunkStore, questions: Sequence[str], k: i
 
 
 def encode(backbone: Backbone, questions: Sequence[str]) -> list[Tensor]:
-    """The encoder's states of each question, [n, d], special tokens included, as for a chunk."""
+    """The encoder's states of each question, [n, d], special tokens included, as for a chunk; over a frozen encoder without them.
+
+    There they are a BERT's [CLS] and [SEP], whose nearest vectors say little of what is asked; they are not echoed either.
+    """
     states: list[Tensor] = []
     for first in range(0, len(questions), ENCODED):
         states += backbone.encode(backbone.tokenize(questions[first : first + ENCODED]))
-    return states
+    return [each[1:-1] for each in states] if backbone.echo else states

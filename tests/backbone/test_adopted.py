@@ -16,7 +16,7 @@ from intra.backbone import adopted, curriculum, locate, model, packing, tiny, wa
 from intra.config import LossConfig, parse
 from intra.errors import UserError
 from intra.evaluation import cost
-from intra.retrieval import scoring
+from intra.retrieval import initial, scoring
 from intra.retrieval.prefix import Prefixes
 from intra.retrieval.retriever import RetrieverSettings
 from intra.store import forecast
@@ -93,6 +93,13 @@ def test_the_question_is_echoed_behind_the_prompt(backbone: model.Backbone) -> N
         assert not sizes[:, :, 4 + len(echo) - 2 :].any()  # a score of 0 for every chunk
         alone = backbone.queries(ids[row : row + 1], tokens(backbone), memory(backbone, 1))[0]
         assert torch.allclose(alone, found[row, :, :, : alone.shape[2]], atol=1e-4)
+
+
+def test_the_first_context_is_asked_for_without_special_states(backbone: model.Backbone) -> None:
+    whole = backbone.encode(backbone.tokenize(QUESTIONS))
+    for found, states in zip(initial.encode(backbone, QUESTIONS), whole, strict=True):
+        assert len(found) == len(states) - 2
+        assert torch.equal(found, states[1:-1])
 
 
 def test_gradient_flows_to_the_tokens_alone(backbone: model.Backbone) -> None:
