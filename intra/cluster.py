@@ -15,6 +15,7 @@ from intra.config import Config
 from intra.errors import UserError, WorkflowError
 
 DEATHS = 2  # of its actor that a row of Ray Data outlives
+STARTS = 3  # of a local Ray that is slow to come up
 LOCAL_OBJECT_STORE = 512 * 1024**2  # bytes; states never travel through the object store
 
 
@@ -43,11 +44,20 @@ def connect(config: Config | None = None) -> None:
         "include_dashboard": False,
         "log_to_driver": False,
     }  # fmt: skip
-    try:
-        ray.init(logging_level=logging.WARNING, **settings)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-        place = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined" if joins else "a local Ray cannot be started"
-        raise WorkflowError(f"{place}: {' '.join(str(error).split())[:300]}; check it, or unset RAY_ADDRESS to run here") from error
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(logging_level=logging.WARNING, **settings)
+            return
+        except Exception as error:  # also of no kind of its own, where a node has not come up within 30 s, as on a busy machine
+            ray.shutdown()
+            if not joins and left and type(error) is Exception:
+                continue
+            if joins:
+                failed = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined"
+                remedy = "check it, or unset RAY_ADDRESS to run here"
+            else:
+                failed, remedy = "a local Ray cannot be started", "end other work on this machine and run the same command again"
+            raise WorkflowError(f"{failed}: {' '.join(str(error).split())[:300]}; {remedy}") from error
 
 
 def _reached(address: str) -> str:

@@ -29,6 +29,29 @@ def test_the_address_of_a_job_server_is_told_apart(monkeypatch: pytest.MonkeyPat
         cluster.connect()
 
 
+@pytest.mark.parametrize(("failures", "kind"), [(2, Exception), (3, Exception), (1, ConnectionError)])
+def test_a_local_ray_slow_to_come_up_is_started_again(failures: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    tried = []
+
+    def init(**settings: Any) -> None:
+        tried.append(settings["address"])
+        if len(tried) <= failures:
+            raise kind("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if failures == 2:
+        cluster.connect()
+        assert tried == ["local"] * 3
+        return
+    with pytest.raises(WorkflowError, match=r"a local Ray cannot be started: The current node timed out during startup\.; end other work"):
+        cluster.connect()
+    assert len(tried) == (3 if kind is Exception else 1)
+
+
 def test_logical_cpus_leave_some_to_spare() -> None:
     config = Config.model_validate({"root": "r", "store": {"workers": 50, "threads": 3}})
     assert cluster._logical_cpus(config) == 152

@@ -393,7 +393,7 @@ def _reading(config: Config, backbone: Any) -> dict[str, tuple[float, int]]:
     backbone.model.eval()
     hits: dict[str, list[float]] = {}
     with torch.no_grad():
-        for question in questions:
+        for question in tqdm(questions, desc="reading", unit="question", disable=None):
             rows = list(dict.fromkeys(pool.row_of[group[0]] for group in question.gold))
             while len(rows) < min(READING_CHUNKS, len(pool)):
                 row = rng.randrange(len(pool))
@@ -449,9 +449,17 @@ def _card(
         if config.data.source == "synthetic"
         else f"the training questions of the dataset {dataset.fingerprint} (source `{config.data.source}`)"
     )
+    if share := max(stage.recipe.cloze_share for stage in stages):
+        data += f"; up to {share:.0%} of the worlds ask what was made of its passages: a sentence without the name it leads to"
     split = recipe.shard and recipe.workers > 1
     options = ["weights sharded"] * split + ["bfloat16"] * (recipe.precision == "bfloat16") + ["AdamW"] * (recipe.optimizer == "adamw")
     how = f"; {', '.join(options)}" if options else ""
+    title, classes = "A warm-started T5Gemma 2", "`T5Gemma2ForConditionalGeneration`, unmodified"
+    if lineage.over_encoder(config):
+        title, classes = (
+            "A T5Gemma 2 decoder over a frozen encoder",
+            "`T5Gemma2ForConditionalGeneration`, a `BertModel` its encoder",
+        )
     rows = "\n".join(f"| {name} | {value:.3f} | {count} |" for name, (value, count) in scores.items())
     length = f"{recipe.steps:,} steps of {recipe.batch_size} worlds with {recipe.questions} questions each"
     last = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name not in ("run", "step", "stage"))
@@ -460,9 +468,9 @@ library_name: transformers
 license: apache-2.0
 tags: [t5gemma2, intra]
 ---
-# A warm-started T5Gemma 2 for intrinsic retrieval
+# {title} for intrinsic retrieval
 
-Text only; {parameters:,} parameters (`T5Gemma2ForConditionalGeneration`, unmodified). {supervision}
+Text only; {parameters:,} parameters ({classes}). {supervision}
 
 - Data: {data}.
 - Start: {_start(config)}.

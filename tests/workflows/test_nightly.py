@@ -99,6 +99,8 @@ def test_over_a_frozen_encoder_two_runs_rank_alike(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     (card,) = (tmp_path / "0" / "backbone").glob("*/README.md")
     assert f"the frozen encoder `{encoder}`" in card.read_text()
+    assert "unmodified" not in card.read_text()
+    assert "30% of the worlds" in card.read_text()
     (folder,) = (tmp_path / "0" / "backbone").iterdir()
     assert {"config.json", "model.safetensors", "tokenizer.json", "curve.png"} <= {file.name for file in folder.iterdir()}
 
