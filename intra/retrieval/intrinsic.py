@@ -12,7 +12,7 @@
 An approximate scorer is compared with the exact one on the first CHECKED questions. Where it keeps less than `recall` of the exact top k
 the next safer one takes over (cascade, then int8 on a CPU, then exact), and a line says so.
 
-A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, a cascade `corrected` by the
+A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, `corrected` by the
 candidates' exact components.
 """
 
@@ -62,10 +62,8 @@ def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Fo
     if rough is None:
         scores, normalisers = z[:, 0], None
     else:
-        normalisers = rough.cpu()
-        if form.name == "linear":
-            own = torch.stack(pool.components(ask, form, [mine[:candidates] for mine in rows]))
-            normalisers = corrected(normalisers, own, z[:, :, :candidates])  # of as many as any k gives
+        own = torch.stack(pool.components(ask, form, [mine[:candidates] for mine in rows]))
+        normalisers = corrected(rough.cpu(), own, z[:, :, :candidates])  # of as many as any k gives
         scores = scoring.log_mixture(z, normalisers).float()
     pairs = [
         sorted(zip(mine, each, strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
