@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from intra.backbone.model import Backbone
     from intra.baselines.corpus import Corpus
     from intra.retrieval.retriever import Retriever
+    from intra.retrieval.search import Passes
     from intra.store.reader import ChunkStore
 
 INTRINSIC = {"intra", "maxsim", "s0_reranked"}  # methods that need the chunk store and the retriever (S_0's settings are its own)
@@ -51,13 +52,13 @@ class Parts:
         return Retriever.from_pretrained(lineage.retriever(self.config).url)
 
     @cached_property
-    def intrinsic(self) -> dict[str, Method]:
-        from intra.retrieval import search
+    def passes(self) -> Passes:
+        from intra.retrieval.search import Passes
 
         settings = self.config.retriever
         if settings.search.workers:
             cluster.connect(self.config)
-        passes = search.Passes(
+        return Passes(
             self.backbone,
             self.store,
             self.retriever,
@@ -65,7 +66,13 @@ class Parts:
             tile_chunks=settings.tile_chunks,
             search=settings.search,
         )
-        return {method.name: method for method in search.methods(passes, settings.answer_size, settings.answer_initial)}
+
+    @cached_property
+    def intrinsic(self) -> dict[str, Method]:
+        from intra.retrieval import search
+
+        settings = self.config.retriever
+        return {method.name: method for method in search.methods(self.passes, settings.answer_size, settings.answer_initial)}
 
     def corpus(self, name: str, pool: Pool) -> Corpus:
         """The pool as the dense or late baseline `name` encodes it."""

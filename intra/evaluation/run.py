@@ -279,9 +279,8 @@ class Searches:
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
             return rankings
-        for part in self.parts.config.evaluate.parts(name):
-            if part in INTRINSIC:
-                self.parts.intrinsic[part].search(self.questions, depth)  # S_0, read or made: in memory from here on
+        if "maxsim" in self.parts.config.evaluate.parts(name):
+            self.parts.passes.remember(self.ranking("maxsim"))  # S_0, where an earlier run has made it
         with cost.Meter() as meter:
             method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
             method.index(self.pool)

@@ -84,6 +84,13 @@ class Passes:
         self._initial.update(zip((question.question_id for question in todo), found, strict=True))
         return {question.question_id: self._initial[question.question_id] for question in questions}
 
+    def remember(self, rankings: Rankings) -> None:
+        """S_0's rankings, as `MaxSim` gives them, of questions for which the pool need not be searched again."""
+        for key, ranking in rankings.items():
+            if len(ranking) > len(self._initial.get(key, [])):
+                rows = self.store.rows([chunk_id for chunk_id, _ in ranking])
+                self._initial[key] = [(row, score) for row, (_, score) in zip(rows, ranking, strict=True)]
+
     def intrinsic(self, questions: Sequence[Question], k: int) -> dict[str, Scored]:
         """The k best chunks of the whole pool by s_i (Eq. 4), by question id: raw scores."""
         todo = _lacking(self._intrinsic, questions, min(k, len(self.store)))

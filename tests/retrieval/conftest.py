@@ -56,6 +56,9 @@ class MemoryStore:
     def states(self, chunk_ids: Sequence[str]) -> list[Tensor]:
         return [self.kept[self.row_of[chunk_id]] for chunk_id in chunk_ids]
 
+    def rows(self, chunk_ids: Sequence[str]) -> list[int]:
+        return [self.row_of[chunk_id] for chunk_id in chunk_ids]
+
     def pooled(self, rows: Sequence[int]) -> Tensor:
         return self.vectors[list(rows)]
 

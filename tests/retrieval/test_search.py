@@ -110,6 +110,22 @@ def test_a_constant_scorer_ranks_by_id(backbone: Backbone, store: MemoryStore, r
         assert [c for c, _ in ranking] == store.chunk_ids[:10]
 
 
+def test_what_s_0_has_found_is_not_searched_again(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, other = (search.Passes(backbone, store, retriever) for _ in range(2))  # type: ignore[arg-type]
+    expected = [each.search(questions, 20) for each in search.methods(whole)]
+    other.remember(expected[1])
+    other.remember({key: ranking[:3] for key, ranking in expected[1].items()})  # shorter ones are left
+
+    def nothing_left(_: object, __: object, texts: list[str], *___: object) -> list[object]:
+        assert texts == []
+        return []
+
+    monkeypatch.setattr(initial, "search", nothing_left)
+    assert [each.search(questions, 20) for each in search.methods(other)] == expected
+
+
 @each_scoring
 def test_passes_are_made_once(passes: search.Passes, store: MemoryStore, questions: list[Question]) -> None:
     for each in search.methods(passes):
