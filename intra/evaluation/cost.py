@@ -55,15 +55,16 @@ class Meter:
 def initial(backbone: Backbone, questions: Sequence[Question], chunks: int, pooled_length: int) -> float:
     """S_0 of a question: the encoder, and MaxSim of its tokens (intra.retrieval.initial.encode) with every pooled vector."""
     tokens = _mean(len(ids) for ids in backbone.tokenize([question.question for question in questions]))
-    compared = tokens - 2 if backbone.echo else tokens
+    compared = echoed(backbone, questions) or tokens
     return 2 * (tokens * linear(backbone.model.get_encoder()) + compared * chunks * pooled_length * backbone.hidden_size)
 
 
-def retrieval_pass(backbone: Backbone, questions: Sequence[Question], settings: RetrieverSettings, chunk_tokens: float) -> float:
-    """The decoder over question and retrieval tokens, with S_0's chunks of `chunk_tokens` each in its memory; the echo is encoded anew."""
-    again = echoed(backbone, questions)
-    own = _mean(len(ids) for ids in backbone.prompt_ids([question.question for question in questions])) + settings.tokens + again
-    return _decoder(backbone, own, settings.initial_context * chunk_tokens) + 2 * again * linear(backbone.model.get_encoder())
+def retrieval_pass(
+    backbone: Backbone, questions: Sequence[Question], settings: RetrieverSettings, chunk_tokens: float, echo: float = 0.0
+) -> float:
+    """The decoder over question, `echo` tokens (encoded anew) and retrieval tokens, S_0's chunks of `chunk_tokens` each its memory."""
+    own = _mean(len(ids) for ids in backbone.prompt_ids([question.question for question in questions])) + settings.tokens + echo
+    return _decoder(backbone, own, settings.initial_context * chunk_tokens) + 2 * echo * linear(backbone.model.get_encoder())
 
 
 def echoed(backbone: Backbone, questions: Sequence[Question]) -> float:

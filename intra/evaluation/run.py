@@ -279,7 +279,7 @@ class Searches:
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
             return rankings
-        if "maxsim" in self.parts.config.evaluate.parts(name):
+        if name in INTRINSIC and "maxsim" in self.parts.config.evaluate.parts(name):
             self.parts.passes.remember(self.ranking("maxsim"))  # S_0, where an earlier run has made it
         with cost.Meter() as meter:
             method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
@@ -302,7 +302,7 @@ class Searches:
         if name == "maxsim":
             return cost.initial(backbone, self.questions, chunks, settings.pooled_length)
         echoed = cost.echoed(backbone, self.questions)
-        read = cost.retrieval_pass(backbone, self.questions, settings, sum(self.pool.table["n_tokens"].to_pylist()) / chunks)
+        read = cost.retrieval_pass(backbone, self.questions, settings, sum(self.pool.table["n_tokens"].to_pylist()) / chunks, echoed)
         batch = self.parts.config.retriever.query_batch
         # A mixture's normalisers take a scan of the pool of their own.
         scans = (name == "intra") + (settings.scoring == "mixture")

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from intra.backbone import adopted, curriculum, locate, model, packing, tiny, warmstart
+from intra.baselines.models import linear
 from intra.config import LossConfig, parse
 from intra.errors import UserError
 from intra.evaluation import cost
@@ -290,6 +291,8 @@ def test_its_operations_count_the_echo(backbone: model.Backbone) -> None:
         scoring.scorer("per_head", queries, backbone, torch.ones(backbone.layers, backbone.heads))(vectors)
     counted = cost.scoring(backbone, settings, 50, 1, 1, cost.echoed(backbone, asked[:1]))
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
+    encoder = 2 * (words + 2) * linear(backbone.model.get_encoder())  # [CLS] and [SEP] are encoded, not compared
+    assert cost.initial(backbone, asked, 50, 7) == encoder + 2 * words * 50 * 7 * backbone.hidden_size
 
 
 def test_chunks_longer_than_the_encoder_reads_are_refused(bert: Path, tmp_path: Path) -> None:

@@ -274,6 +274,33 @@ def test_a_part_that_is_not_there_is_made_again(finished: tuple[Config, str], le
     assert {row["method"] for row in table(again)} == {"intra"}
 
 
+def test_a_stored_s_0_is_not_searched_again(
+    finished: tuple[Config, str], ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INTRA and S_0 reranked read it where it is stored; a fusion of it needs no backbone for that."""
+    from intra.retrieval import initial
+
+    config, _ = finished
+    track = configuration.TrackingConfig(experiment="trial", uri=ledger)
+    for kind in ("dataset", "store", "retriever"):
+        Path(tmp_path, kind).symlink_to(Path(config.root, kind))
+    made = lineage.ranking(config, "maxsim")
+    shutil.copytree(made.url, tmp_path / "ranking" / made.fingerprint)
+    search = initial.search
+    monkeypatch.setattr(initial, "search", lambda *given: pytest.fail("S_0 is stored") if given[2] else search(*given))
+    values = config.evaluate.model_dump() | {
+        "answers": False,
+        "models": {"both": {"kind": "fusion", "of": ["maxsim", "bm25"], "depth": 10}},
+    }
+    for methods in (["intra", "s0_reranked"], ["both"]):
+        chosen = type(config.evaluate).model_validate(values | {"methods": methods})
+        again = config.model_copy(update={"root": str(tmp_path), "tracking": track, "evaluate": chosen})
+        evaluate.run(again)
+        assert {row["method"] for row in table(again)} == set(methods)
+        # What comes after needs no backbone.
+        monkeypatch.setattr(backbones, "load", lambda *_, **__: pytest.fail("no backbone is needed"))
+
+
 def test_lexical_methods_need_the_dataset_only(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(tmp_path, model, ledger, methods=["bm25", "random"], answers=False)
     prepare.run(config)
