@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -51,6 +52,7 @@ def connect(config: Config | None = None) -> None:
         except Exception as error:  # also of no kind of its own, where a node has not come up within 30 s, as on a busy machine
             ray.shutdown()
             if not joins and left and type(error) is Exception:
+                print(f"a local Ray did not come up ({' '.join(str(error).split())[:300]}); it is started again", file=sys.stderr)
                 continue
             if joins:
                 failed = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined"

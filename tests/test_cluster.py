@@ -30,7 +30,9 @@ def test_the_address_of_a_job_server_is_told_apart(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("failures", "kind"), [(2, Exception), (3, Exception), (1, ConnectionError)])
-def test_a_local_ray_slow_to_come_up_is_started_again(failures: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_ray_slow_to_come_up_is_started_again(
+    failures: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import ray
 
     tried = []
@@ -46,6 +48,9 @@ def test_a_local_ray_slow_to_come_up_is_started_again(failures: int, kind: type[
     if failures == 2:
         cluster.connect()
         assert tried == ["local"] * 3
+        assert capsys.readouterr().err.splitlines() == [
+            "a local Ray did not come up (The current node timed out during startup.); it is started again"
+        ] * 2  # fmt: skip
         return
     with pytest.raises(WorkflowError, match=r"a local Ray cannot be started: The current node timed out during startup\.; end other work"):
         cluster.connect()
