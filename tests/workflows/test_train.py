@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import yaml
 from intra import cli, lineage, storage
 from intra import config as configuration
 from intra.artifact import Artifact
-from intra.backbone import model
+from intra.backbone import locate, model
 from intra.config import Config
 from intra.data import schema
 from intra.retrieval.retriever import Retriever
@@ -196,6 +197,17 @@ def test_an_incomplete_store_is_refused(prepared: Callable[..., tuple[Path, Conf
 def test_a_gpu_that_no_worker_asks_for_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
     file, _ = prepared("gpu")
     assert "retriever.train.gpus_per_worker is 0" in mistake(file, capsys, "backbone.device=cuda")
+
+
+def test_prefixes_of_a_backbone_that_echoes_the_question_are_refused(
+    prepared: Callable[..., tuple[Path, Config]], backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = prepared("prefixes")
+    shutil.copytree(backbone, tmp_path / "frozen")
+    description = json.loads((backbone / "config.json").read_text()) | {locate.FROZEN: {}}
+    (tmp_path / "frozen" / "config.json").write_text(json.dumps(description))
+    error = mistake(file, capsys, f"backbone.model={tmp_path / 'frozen'}", "retriever.train.prefix_cache_mb=8")
+    assert "retriever.train.prefix_cache_mb: found 8; this backbone's retrieval pass echoes the question: set it to 0" in error
 
 
 def test_gold_outside_the_store_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
