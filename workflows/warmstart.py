@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 READING_QUESTIONS = 300  # of the test split, for the model card's scores
 READING_CHUNKS = 5
 NEAR = 50  # of BM25's ranking of a question, from which distractors are drawn
-BM25 = "bm25"  # below a run's folder: what BM25 ranks near the training questions
+LEXICAL = "bm25"  # below a run's folder: what BM25 ranks near the training questions
 CURVE = "curve.json"  # of a checkpoint: the rows so far
 POLL = 2.0  # seconds between two looks at the progress, and between two notes of it
 
@@ -220,11 +220,12 @@ def _worker(settings: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
     pool = read_pool(dataset) if config.data.source != "synthetic" or lineage.over_encoder(config) else None
-    module = _module(config, dataset, _sample(config, pool) if pool is not None and lineage.over_encoder(config) else ())
+    resumed = ray.train.get_checkpoint()
+    sample = _sample(config, pool) if resumed is None and pool is not None and lineage.over_encoder(config) else ()
+    module = _module(config, dataset, sample)
     warmstart.place(module, recipe, device, workers)
     optimizer = warmstart.optimizers(module, recipe)
     start, rows = 0, []
-    resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as folder:
             start = checkpoints.load(module, optimizer, Path(folder))
@@ -233,7 +234,7 @@ def _worker(settings: dict[str, Any]) -> None:
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
         questions = read_questions(dataset, "train")
-        near = _near(pool, questions, storage.join(settings["training"], BM25), rank, workers) if recipe.bm25_distractors else None
+        near = _near(pool, questions, storage.join(settings["training"], LEXICAL), rank, workers) if recipe.bm25_distractors else None
         made = cloze.questions(pool, config.seed) if recipe.cloze_share else []
         batches = curriculum.question_batches(config, module.backbone, pool, questions, rank, workers, near, made)
     fresh = curriculum.fresh_batches(config, module.backbone)
@@ -444,22 +445,19 @@ def _card(
         if supervised
         else "Trained on answers alone, without any supervision of retrieval."
     )
-    data = (
-        f"mini-worlds of the synthetic generator (seed {config.seed}, training names only)"
-        if config.data.source == "synthetic"
-        else f"the training questions of the dataset {dataset.fingerprint} (source `{config.data.source}`)"
-    )
-    if share := max(stage.recipe.cloze_share for stage in stages):
-        data += f"; up to {share:.0%} of the worlds ask what was made of its passages: a sentence without the name it leads to"
+    if config.data.source == "synthetic":
+        data = f"mini-worlds of the synthetic generator (seed {config.seed}, training names only)"
+    else:
+        data = f"the training questions of the dataset {dataset.fingerprint} (source `{config.data.source}`)"
+        if share := max(stage.recipe.cloze_share for stage in stages):
+            data += f"; up to {share:.0%} of the worlds ask what was made of its passages: a sentence without the name it leads to"
     split = recipe.shard and recipe.workers > 1
     options = ["weights sharded"] * split + ["bfloat16"] * (recipe.precision == "bfloat16") + ["AdamW"] * (recipe.optimizer == "adamw")
     how = f"; {', '.join(options)}" if options else ""
     title, classes = "A warm-started T5Gemma 2", "`T5Gemma2ForConditionalGeneration`, unmodified"
     if lineage.over_encoder(config):
-        title, classes = (
-            "A T5Gemma 2 decoder over a frozen encoder",
-            "`T5Gemma2ForConditionalGeneration`, a `BertModel` its encoder",
-        )
+        title = "A T5Gemma 2 decoder over a frozen encoder"
+        classes = "`T5Gemma2ForConditionalGeneration`, a `BertModel` its encoder"
     rows = "\n".join(f"| {name} | {value:.3f} | {count} |" for name, (value, count) in scores.items())
     length = f"{recipe.steps:,} steps of {recipe.batch_size} worlds with {recipe.questions} questions each"
     last = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name not in ("run", "step", "stage"))
