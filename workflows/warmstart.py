@@ -312,7 +312,7 @@ def _module(config: Config, dataset: str, sample: Sequence[str] = ()) -> Any:
     else:
         backbone = model.load(config.backbone.model, config.backbone.revision, dtype="float32", device="cpu", prompt=config.backbone.prompt)
     backbone.model.requires_grad_(True)
-    if backbone.echo:
+    if backbone.frozen_encoder:
         adopted.freeze(backbone.model)
     recipe = config.backbone.warmstart
     return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring, recipe.head_weights == "equal")

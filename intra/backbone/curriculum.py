@@ -357,7 +357,7 @@ def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked
             visible = [chunk for chunk in everything if chunk not in gold and rng.random() < 0.8]
             visible += [chunk for hop, chunk in enumerate(gold) if rng.random() < (0.9 if hop == 0 else 0.6 if named else 0.2)]
             offsets = sorted(rng.sample(range(recipe.probe_span), recipe.probes))
-            echo = backbone.echo_ids([prompts[index]])[0] if backbone.echo else ()
+            echo = backbone.echo_ids([prompts[index]])[0] if backbone.frozen_encoder else ()
             segment = retrieval_segment(prompts[index], offsets, visible, gold[::-1] if named else gold, echo)
             if bridges[index] and gold[0] in visible:
                 segment.looks = [Look(place, EARLY, bridges[index]) for place in segment.probes]

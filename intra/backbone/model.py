@@ -91,8 +91,9 @@ class Backbone:
     """A T5Gemma 2 with its tokenizer. `load` gives it frozen; nothing here changes its weights.
 
     Attributes: model, tokenizer, device, prompt; layers, heads, kv_heads, head_dim, hidden_size (the decoder's);
-    scaling (float, query_pre_attn_scalar ** -0.5); echo (bool: the retrieval pass reads the question's encoder states behind the
-    prompt, and their queries retrieve too); matching_heads (of the adopted family: those the attention loss leaves alone).
+    scaling (float, query_pre_attn_scalar ** -0.5); frozen_encoder (bool: of intra.backbone.adopted; the retrieval pass echoes the question,
+    reads its encoder states behind the prompt, whose queries retrieve too); matching_heads (of that family: those the attention loss
+    leaves alone).
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompt: str = PROMPT) -> None:
@@ -106,7 +107,7 @@ class Backbone:
         self.head_dim: int = config.head_dim
         self.hidden_size: int = config.hidden_size
         self.scaling: float = config.query_pre_attn_scalar**-0.5
-        self.echo = hasattr(model.config, FROZEN)
+        self.frozen_encoder = hasattr(model.config, FROZEN)
         self.matching_heads: int = getattr(config, "matching_heads", 0)
 
     @property
@@ -208,7 +209,7 @@ class Backbone:
 
     def _echoes(self, prompt_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """The encoder's states of each prompt's question, between <bos> and <eos>: [n, d]; n = 0 where nothing is echoed."""
-        if not self.echo:
+        if not self.frozen_encoder:
             return [torch.zeros(0, self.hidden_size, dtype=self.dtype, device=self.device)] * len(prompt_ids)
         return [states[1:-1] for states in self.encode(self.echo_ids(prompt_ids))]
 

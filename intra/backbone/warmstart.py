@@ -170,7 +170,7 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
 
     def _states(self, chunks: Sequence[Sequence[int]]) -> Tensor:
         """The encoder's states of the chunks, padded on the right: [C, N, d]. Of a frozen encoder, without a gradient."""
-        if not self.backbone.echo:  # a frozen encoder's family
+        if not self.backbone.frozen_encoder:
             return self.backbone.states(chunks).states
         return pad_sequence([self._frozen(tuple(chunk)).float() for chunk in chunks], batch_first=True)
 

@@ -68,8 +68,8 @@ def retrieval_pass(
 
 
 def echoed(backbone: Backbone, questions: Sequence[Question]) -> float:
-    """Tokens of a question that its retrieval pass reads as encoder states, and retrieves by (`Backbone.echo`)."""
-    if not backbone.echo:
+    """Tokens of a question that its retrieval pass reads as encoder states, and retrieves by (`Backbone.frozen_encoder`)."""
+    if not backbone.frozen_encoder:
         return 0.0
     prompts = backbone.prompt_ids([question.question for question in questions])
     return _mean(len(ids) - 2 for ids in backbone.echo_ids(prompts))

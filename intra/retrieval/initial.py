@@ -92,4 +92,4 @@ def encode(backbone: Backbone, questions: Sequence[str]) -> list[Tensor]:
     states: list[Tensor] = []
     for first in range(0, len(questions), ENCODED):
         states += backbone.encode(backbone.tokenize(questions[first : first + ENCODED]))
-    return [each[1:-1] for each in states] if backbone.echo else states
+    return [each[1:-1] for each in states] if backbone.frozen_encoder else states

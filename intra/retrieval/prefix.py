@@ -50,7 +50,7 @@ class Prefixes:
 
     def __init__(self, backbone: Backbone, store: ChunkStore, initial_context: int, megabytes: int) -> None:
         """Raises ValueError for a backbone that echoes the question: its pass has more before the tokens than the prompt."""
-        if backbone.echo:
+        if backbone.frozen_encoder:
             raise ValueError("a prefix holds the prompt alone")
         self.backbone, self.store, self.initial_context = backbone, store, initial_context
         self.room = megabytes * 2**20
