@@ -182,6 +182,14 @@ def test_a_section_without_content_is_left_out(found: list[Record]) -> None:
     assert "Method tfidf failed: no &lt;words&gt;" in text
 
 
+def test_where_nothing_was_answered_nothing_is_said_of_answers(found: list[Record]) -> None:
+    searched = [record for record in found if record["metric"] not in ("em", "f1")]
+    assert len(searched) < len(found)
+    for records, judged in ((found, True), (searched, False)):
+        text = report.html(report.Contents(records, {"results": "abc"}, {}, 5))
+        assert [words in text for words in ("EM and F1 judge the answer", "recall and answers, by benchmark")] == [judged] * 2
+
+
 def test_what_a_question_shows(whole: report.Contents) -> None:
     assert [item["benchmark"] for item in whole.asked] == ["films & towns"] * 4 + ["rivers"] * 3
     again = contents().asked
