@@ -18,9 +18,8 @@ import pytest
 from intra.config import Config
 from tests.baselines.conftest import SIZES, saved
 from tests.conftest import free_port
-from tests.workflows.test_evaluate import finished, model, tiny_dense
 
-__all__ = ["finished", "model"]  # fixtures
+from .runs import linked, tiny_dense
 
 
 @pytest.mark.slow
@@ -32,14 +31,13 @@ def test_a_submitted_job_with_two_workers_gives_the_numbers_of_the_script(finish
     for name, workers in (("script", 1), ("job", 2)):
         root = tmp_path / name
         root.mkdir()
-        for kind in ("dataset", "store", "retriever"):
-            Path(root, kind).symlink_to(Path(config.root, kind))
+        linked(config, root)
         values = {**config.model_dump(), "root": str(root)}
         values["evaluate"] |= {"methods": ["intra", "bm25", "tiny", "oracle"], "models": {"tiny": tiny_dense(folder)}, "shard_chunks": 16,
                                "workers": workers, "device": "cpu"}  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
         entries[name] = ["python", "workflows/evaluate.py", "--config", str(tmp_path / f"{name}.yaml")]
-    project = Path(__file__).parents[2]
+    project = Path(__file__).parents[3]
     subprocess.run([sys.executable, *entries["script"][1:]], cwd=project, capture_output=True, text=True, check=True)
     with ray_head() as (dashboard, environment):
         command = ["ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *entries["job"]]
