@@ -103,7 +103,10 @@ class WarmstartConfig(Section):
     bm25_distractors: int = Field(0, ge=0, description="of those, at most so many from BM25's first 50 that are not gold (other sources)")
     cloze_share: float = Field(0.0, ge=0, le=1, description="share of the worlds with questions made of the passages (other sources)")
     extra_chunks: int = Field(0, ge=0, description="further chunks a micro-batch, negatives of the retrieval and hop losses alone")
-    extra_from: int | None = Field(None, ge=1, description="the pool's chunks that these are drawn from; null: all (other sources)")
+    bm25_extra: int = Field(
+        0, ge=0, description="of those, at most so many a question from BM25's first 50, none of them gold (other sources)"
+    )
+    extra_from: int | None = Field(None, ge=1, description="the pool's chunks that the others are drawn from; null: all (other sources)")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="of the layers' matrices; all else is AdamW's")
     learning_rate: float = Field(3e-3, gt=0, description="for embeddings and norms")
     matrix_learning_rate: float = Field(0.02, gt=0, description="for the layers' weight matrices")

@@ -27,11 +27,10 @@ from intra.artifact import Artifact
 from intra.backbone import locate
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
-from intra.method import Method
 
 CURVE = "curve.parquet"
 INITIAL = "initial"
-BM25 = "bm25"
+LEXICAL = "bm25"
 POLL = 2.0  # seconds between two looks at the checkpoints, for the progress bar
 
 
@@ -235,8 +234,9 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from intra.backbone import model
+    from intra.baselines.lexical import bm25
     from intra.config import parse
-    from intra.data.schema import read_questions, to_parquet
+    from intra.data.schema import read_pool, read_questions, to_parquet
     from intra.retrieval import negatives, training
     from intra.retrieval.retriever import RetrieverSettings
     from intra.store.reader import ChunkStore
@@ -265,8 +265,8 @@ def _worker(settings: dict[str, Any]) -> None:
     lexical_rows: list[negatives.Rows] = [()] * len(questions)
     if recipe.bm25_negatives:
         lexical_rows = training.method_rows(
-            lambda: _bm25(settings["dataset"]), store.row_of, questions,
-            negatives.bm25_depth(questions, recipe.bm25_negatives, recipe.bm25_skip), storage.join(settings["artifact"], BM25), workers,
+            lambda: bm25(read_pool(settings["dataset"])), store.row_of, questions,
+            negatives.bm25_depth(questions, recipe.bm25_negatives, recipe.bm25_skip), storage.join(settings["artifact"], LEXICAL), workers,
         )  # fmt: skip
     examples = [
         negatives.example(
@@ -307,16 +307,6 @@ def _worker(settings: dict[str, Any]) -> None:
     if rank == 0:
         trainer.retriever.save_pretrained(settings["artifact"], run=tracking.resolved(config))
         storage.write_bytes(storage.join(settings["artifact"], CURVE), to_parquet(training.curve_table(trainer)))
-
-
-def _bm25(dataset: str) -> Method:
-    """BM25 with its index over the dataset's pool."""
-    from intra.baselines.lexical import BM25
-    from intra.data.schema import read_pool
-
-    method = BM25()
-    method.index(read_pool(dataset))
-    return method
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
-from intra.method import Method
 
 if TYPE_CHECKING:
     from intra.data.schema import Pool, Question
@@ -234,7 +233,8 @@ def _worker(settings: dict[str, Any]) -> None:
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
         questions = read_questions(dataset, "train")
-        near = _near(pool, questions, storage.join(settings["training"], LEXICAL), rank, workers) if recipe.bm25_distractors else None
+        lexical = storage.join(settings["training"], LEXICAL)
+        near = _near(pool, questions, lexical, rank, workers) if recipe.bm25_distractors or recipe.bm25_extra else None
         made = cloze.questions(pool, config.seed) if recipe.cloze_share else []
         batches = curriculum.question_batches(config, module.backbone, pool, questions, rank, workers, near, made)
     fresh = curriculum.fresh_batches(config, module.backbone)
@@ -281,16 +281,11 @@ def _near(pool: Pool, questions: Sequence[Question], folder: str, rank: int, wor
     """BM25's first chunks of each question that share a word with it, by question id; kept below the URL `folder` for all workers."""
     import torch.distributed
 
-    from intra.baselines.lexical import BM25
+    from intra.baselines.lexical import bm25
     from intra.retrieval import training
 
-    def index() -> Method:
-        method = BM25()
-        method.index(pool)
-        return method
-
     together = training.Workers(rank, workers, barrier=torch.distributed.barrier) if workers > 1 else training.Workers()
-    found = training.method_rows(index, pool.row_of, questions, NEAR, folder, together)
+    found = training.method_rows(lambda: bm25(pool), pool.row_of, questions, NEAR, folder, together)
     return {question.question_id: rows for question, rows in zip(questions, found, strict=True)}
 
 

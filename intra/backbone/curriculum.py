@@ -235,8 +235,8 @@ def question_batches(
 
     `recipe.questions` questions share a world of their gold chunks (one of each group) and `recipe.distractors` further chunks
     a question: `recipe.bm25_distractors` of them, as far as there are so many, from the rows that `near` gives for its id, the others at
-    random. Questions come in epochs, each in another order. A share `recipe.cloze_share` of the worlds has questions of `made` instead,
-    drawn at random.
+    random. Of the extra chunks `recipe.bm25_extra` a question come from there too. Questions come in epochs, each in another order. A
+    share `recipe.cloze_share` of the worlds has questions of `made` instead, drawn at random.
     """
     recipe = config.backbone.warmstart
     answered = [question for question in questions if question.answers and question.gold]
@@ -263,6 +263,7 @@ def question_batches(
         for micro in _micros(recipe.batch_size, recipe.micro_batch, rank, workers):
             worlds = []
             seen: set[int] = set()  # rows of the micro-batch's chunks, and all that answer its questions
+            hard: list[int] = []
             for number in micro:
                 index = step * recipe.batch_size + number
                 rng = random.Random(f"intra warm start {config.seed} {index}")
@@ -277,6 +278,8 @@ def question_batches(
                     beside = [row for row in (near or {}).get(question.question_id, ()) if row not in taken]
                     found += rng.sample(beside, min(recipe.bm25_distractors, len(beside)))
                     taken.update(found)
+                    beside = [row for row in beside if row not in taken]
+                    hard += rng.sample(beside, min(recipe.bm25_extra, len(beside)))
                 rows += found
                 wanted = min(recipe.distractors * len(drawn) - len(found), len(pool) - len(taken))
                 while wanted > 0:
@@ -304,7 +307,7 @@ def question_batches(
             if now.extra_chunks and (now.losses.retrieval or now.losses.hop):
                 rng = random.Random(f"intra warm start extra {config.seed} {step * recipe.batch_size + micro[0]}")
                 drawn_rows = rng.sample(bank, min(len(bank), now.extra_chunks + len(seen)))
-                rows = [row for row in drawn_rows if row not in seen][: now.extra_chunks]
+                rows = [row for row in dict.fromkeys([*hard, *drawn_rows]) if row not in seen][: now.extra_chunks]
                 extra = backbone.tokenize([chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows])
                 kept = _kept(rng, len(extra), recipe)
             micros.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept))

@@ -73,6 +73,13 @@ def _stemmer(stemming: str) -> Any:
     return Stemmer.Stemmer(stemming)
 
 
+def bm25(pool: Pool) -> BM25:
+    """BM25 as it is by default, its index over the pool: what hard negatives and distractors are drawn from."""
+    method = BM25()
+    method.index(pool)
+    return method
+
+
 class TfIdf:
     """Cosine of TF-IDF vectors with sublinear term frequencies and scikit-learn's English stop words."""
 

@@ -279,7 +279,7 @@ class Searches:
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
             return rankings
-        if name in INTRINSIC and "maxsim" in self.parts.config.evaluate.parts(name):
+        if name in INTRINSIC - {"maxsim"}:
             self.parts.passes.remember(self.ranking("maxsim"))  # S_0, where an earlier run has made it
         with cost.Meter() as meter:
             method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})

@@ -291,6 +291,10 @@ def test_its_operations_count_the_echo(backbone: model.Backbone) -> None:
         scoring.scorer("per_head", queries, backbone, torch.ones(backbone.layers, backbone.heads))(vectors)
     counted = cost.scoring(backbone, settings, 50, 1, 1, cost.echoed(backbone, asked[:1]))
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
+    read = settings, 0, cost.echoed(backbone, asked[:1])
+    with FlopCounterMode(display=False) as counter:
+        backbone.queries(backbone.prompt_ids([QUESTIONS[0]]), tokens(backbone), backbone.pack([[]]))
+    assert cost.retrieval_pass(backbone, asked[:1], *read) == pytest.approx(counter.get_total_flops(), rel=0.25)
     encoder = 2 * (words + 2) * linear(backbone.model.get_encoder())  # [CLS] and [SEP] are encoded, not compared
     assert cost.initial(backbone, asked, 50, 7) == encoder + 2 * words * 50 * 7 * backbone.hidden_size
 

@@ -108,6 +108,24 @@ def test_distractors_are_drawn_from_those_near_a_question_and_are_never_gold(bac
         assert len({gold + 5, gold + 6} & set(rows)) == 1  # a group's other chunk is no distractor
 
 
+def test_of_the_extra_chunks_some_are_near_a_question(backbone: model.Backbone) -> None:
+    """They are neither in a world of the batch nor gold, and come before the random ones."""
+    settings = config(distractors=1, bm25_distractors=1, bm25_extra=2, extra_chunks=3, questions=1, batch_size=2, micro_batch=2)
+    texts = [backbone.tokenize([f"ada\n{text}"])[0] for text in sentences(12)]
+    near = {f"q{n}": [n, n + 5, n + 6, 11, 4 - n if n != 2 else 0] for n in range(5)}
+    batches = questions(settings, backbone, near=near)
+    hard = 0
+    for step in range(10):
+        (batch,) = batches(step)
+        worlds, extra = ({texts.index(chunk) for chunk in chunks} for chunks in (batch.chunks, batch.extra))
+        assert len(batch.extra) == len(extra) == 3
+        assert not worlds & extra
+        hard += 11 in extra
+    (batch,) = questions(settings, backbone)(0)  # nothing is near: all at random
+    assert len(batch.extra) == 3
+    assert hard >= 3
+
+
 def test_a_share_of_the_worlds_has_questions_made_of_passages(backbone: model.Backbone) -> None:
     asked = Question("cloze-1", "cloze", "train", "what was large", ("green",), (("c07",),), 1, "cloze")
     (prompt,) = backbone.prompt_ids([asked.question])

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,30 +89,43 @@ def test_a_part_that_is_not_there_is_made_again(finished: tuple[Config, str], le
     assert {row["method"] for row in table(again)} == {"intra"}
 
 
-def test_a_stored_s_0_is_not_searched_again(
-    finished: tuple[Config, str], ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """INTRA and S_0 reranked read it where it is stored; a fusion of it needs no backbone for that."""
-    from intra.retrieval import initial
-
+@pytest.fixture
+def beside_a_stored_s_0(finished: tuple[Config, str], ledger: str, tmp_path: Path) -> Callable[[list[str]], Config]:
+    """Another root, which has S_0's ranking; evaluates the methods there. `both` is a fusion of S_0 with BM25."""
     config, _ = finished
-    track = configuration.TrackingConfig(experiment="trial", uri=ledger)
     linked(config, tmp_path)
     made = lineage.ranking(config, "maxsim")
     shutil.copytree(made.url, tmp_path / "ranking" / made.fingerprint)
-    search = initial.search
-    monkeypatch.setattr(initial, "search", lambda *given: pytest.fail("S_0 is stored") if given[2] else search(*given))
     values = config.evaluate.model_dump() | {
         "answers": False,
         "models": {"both": {"kind": "fusion", "of": ["maxsim", "bm25"], "depth": 10}},
     }
-    for methods in (["intra", "s0_reranked"], ["both"]):
+
+    def evaluated(methods: list[str]) -> Config:
         chosen = type(config.evaluate).model_validate(values | {"methods": methods})
+        track = configuration.TrackingConfig(experiment="trial", uri=ledger)
         again = config.model_copy(update={"root": str(tmp_path), "tracking": track, "evaluate": chosen})
         evaluate.run(again)
-        assert {row["method"] for row in table(again)} == set(methods)
-        # What comes after needs no backbone.
-        monkeypatch.setattr(backbones, "load", lambda *_, **__: pytest.fail("no backbone is needed"))
+        return again
+
+    return evaluated
+
+
+def test_a_stored_s_0_is_not_searched_again(beside_a_stored_s_0: Callable[[list[str]], Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """INTRA and S_0 reranked read it where it is stored."""
+    from intra.retrieval import initial
+
+    search = initial.search
+    monkeypatch.setattr(initial, "search", lambda *given: pytest.fail("S_0 is stored") if given[2] else search(*given))
+    again = beside_a_stored_s_0(["intra", "s0_reranked"])
+    assert {row["method"] for row in table(again)} == {"intra", "s0_reranked"}
+
+
+def test_a_fusion_of_a_stored_s_0_needs_no_backbone(
+    beside_a_stored_s_0: Callable[[list[str]], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "load", lambda *_, **__: pytest.fail("no backbone is needed"))
+    assert {row["method"] for row in table(beside_a_stored_s_0(["both"]))} == {"both"}
 
 
 def test_methods_that_fail_are_named_and_leave_the_others(
