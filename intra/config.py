@@ -146,6 +146,9 @@ class WarmstartConfig(Section):
                 raise ValueError(f"backbone.warmstart.stages: their shares sum to {total:g}; they must sum to 1")
             if min(stage.share for stage in self.stages) * self.steps < 1:
                 raise ValueError("backbone.warmstart.stages: each needs a step at least; raise its share or backbone.warmstart.steps")
+        for losses in (self.losses, *(stage.losses for stage in self.stages or [])):
+            if losses is not None and not (losses.answer or losses.retrieval or losses.hop):
+                raise ValueError("backbone.warmstart: losses must have one of answer, retrieval and hop above 0")
         if self.batch_size % self.micro_batch:
             raise ValueError("backbone.warmstart.batch_size must be a multiple of backbone.warmstart.micro_batch")
         if self.batch_size // self.micro_batch % self.workers:

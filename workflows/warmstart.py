@@ -95,14 +95,15 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
         checkpoints.load(module, None, Path(folder))
         rows = json.loads((Path(folder) / CURVE).read_text())
     backbone = module.backbone
-    scores = _reading(config, backbone)
+    stages = curriculum.stages(config.backbone.warmstart)
+    reads = any(stage.recipe.losses.answer for stage in stages)
+    scores = _reading(config, backbone) if reads else {}
     step.log_metrics({**{f"reading_{name}": value for name, (value, _) in scores.items()}, "seconds": seconds})
     dtype = {"float32": "float", "bfloat16": "bfloat16"}[config.backbone.dtype]
     with tempfile.TemporaryDirectory() as temporary:
         tiny.save(getattr(backbone.model, dtype)(), backbone.tokenizer, temporary)
         parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
         (Path(temporary) / "README.md").write_text(_card(config, dataset, parameters, seconds, rows[-1], scores))
-        stages = curriculum.stages(config.backbone.warmstart)
         (Path(temporary) / "curve.parquet").write_bytes(to_parquet(_curve(rows, [stage.name for stage in stages])))
         (Path(temporary) / "curve.png").write_bytes(_figure(rows, {stage.start: stage.name for stage in stages}))
         for name in ("README.md", "curve.parquet", "curve.png"):
@@ -435,11 +436,12 @@ def _card(
         "attention": "its cross-attention to look at the answer's words (late layers) and at those that name the last chunk (early ones)",
     }
     supervised = [text for name, text in kinds.items() if any(getattr(stage.recipe.losses, name) for stage in stages)]
-    supervision = (
-        f"Trained with supervision beyond answers: {'; '.join(supervised)}. It is **not** pretrained only for generation."
-        if supervised
-        else "Trained on answers alone, without any supervision of retrieval."
-    )
+    if not any(stage.recipe.losses.answer for stage in stages):
+        supervision = f"Trained to retrieve alone: {'; '.join(supervised)}. It was **not** trained to answer."
+    elif supervised:
+        supervision = f"Trained with supervision beyond answers: {'; '.join(supervised)}. It is **not** pretrained only for generation."
+    else:
+        supervision = "Trained on answers alone, without any supervision of retrieval."
     if config.data.source == "synthetic":
         data = f"mini-worlds of the synthetic generator (seed {config.seed}, training names only)"
     else:
@@ -453,7 +455,11 @@ def _card(
     if lineage.over_encoder(config):
         title = "A T5Gemma 2 decoder over a frozen encoder"
         classes = "`T5Gemma2ForConditionalGeneration`, a `BertModel` its encoder"
-    rows = "\n".join(f"| {name} | {value:.3f} | {count} |" for name, (value, count) in scores.items())
+    reading = [f"| {name} | {value:.3f} | {count} |" for name, (value, count) in scores.items()]
+    if reading:
+        read = f"answered from the stored states of their gold chunks and random ones, {READING_CHUNKS} in all"
+        head = ["| benchmark/type | exact match | questions |", "|---|---|---|"]
+        reading = ["", f"Reading: exact match on test questions, {read}.", "", *head, *reading]
     length = f"{recipe.steps:,} steps of {recipe.batch_size} worlds with {recipe.questions} questions each"
     last = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name not in ("run", "step", "stage"))
     return f"""---
@@ -472,13 +478,7 @@ Text only; {parameters:,} parameters ({classes}). {supervision}
   {recipe.threads} thread(s) (since the last start, where the run was cut off){how}.
 - Command: `python workflows/warmstart.py --config configs/{config.tracking.experiment}.yaml backbone.train=true`
 - Training metrics, mean of the last steps: {last} (`curve.parquet`, `curve.png`: the whole run).
-
-Reading: exact match on test questions, answered from the stored states of their gold chunks and random ones, {READING_CHUNKS} in all.
-
-| benchmark/type | exact match | questions |
-|---|---|---|
-{rows}
-"""
+""" + "".join(f"{line}\n" for line in reading)
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ class Asked:
 
 
 def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked: Sequence[Asked], recipe: WarmstartConfig) -> PackedWorld:
-    """One world: an answer segment for each question, and a retrieval segment for a share of them.
+    """One world: an answer segment for each question, where answers are trained, and a retrieval segment for a share of them.
 
     The answer is read from the whole world. A retrieval pass will read S_0, which has the first hop and, unless the question names
     it, seldom the last: so its segment sees each chunk with a chance of its own, and of the gold mostly the first alone.
@@ -346,13 +346,16 @@ def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked
     prompts = backbone.prompt_ids([item.question for item in asked])
     answers = backbone.answer_ids([item.answer for item in asked])
     everything = list(range(len(chunks)))
-    segments = [answer_segment(prompt, answer, everything) for prompt, answer in zip(prompts, answers, strict=True)]
+    segments = []
+    if recipe.losses.answer:
+        segments = [answer_segment(prompt, answer, everything) for prompt, answer in zip(prompts, answers, strict=True)]
     bridges: list[list[tuple[int, int]]] = [[] for _ in asked]
     if recipe.losses.attention:
         titles = backbone.answer_ids([item.bridge for item in asked])
         for number, item in enumerate(asked):
             bridges[number] = _bridge(chunks, item, titles[number])
-            segments[number].looks = _looks(chunks, item, len(prompts[number]), answers[number], bridges[number])
+            if segments:
+                segments[number].looks = _looks(chunks, item, len(prompts[number]), answers[number], bridges[number])
     if recipe.losses.retrieval or recipe.losses.hop:
         chosen = rng.sample(range(len(asked)), max(1, round(recipe.retrieval_share * len(asked))))
         for index in chosen:

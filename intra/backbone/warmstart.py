@@ -120,15 +120,18 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
                     encoder_attention_mask=cross, use_cache=False, query_sink=sink, **asked,
                 ).last_hidden_state  # fmt: skip
             trained = batch.labels != IGNORE
-            logits = self.model.lm_head(hidden[trained]).float()
+            logits = self.model.lm_head(hidden[trained]).float() if trained.any() else None
             scores = self._scores(batch, vectors, sink).float() if vectors is not None else None
             mass = self._attention(batch, memory, cross["full_attention"], sink).float() if losses.attention else None
-        if config.final_logit_softcapping is not None:
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        labels = batch.labels[trained]
-        parts = {"answer": functional.cross_entropy(logits, labels)}
-        right = logits.argmax(-1) == labels
-        out = {"answer_token_accuracy": right.float().mean(), "answer_accuracy": _whole(right, batch.segment, trained)}
+        parts: dict[str, Tensor] = {}
+        out: dict[str, Tensor] = {}
+        if logits is not None:
+            if config.final_logit_softcapping is not None:
+                logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+            labels = batch.labels[trained]
+            parts["answer"] = functional.cross_entropy(logits, labels)
+            right = logits.argmax(-1) == labels
+            out = {"answer_token_accuracy": right.float().mean(), "answer_accuracy": _whole(right, batch.segment, trained)}
         if scores is not None:
             parts["retrieval"] = self._retrieval(scores, batch.gold)
             early, late = torch.einsum("sclh,klh->ksc", scores, self._each(self.alpha_hop) * self.halves)

@@ -20,7 +20,7 @@ import yaml
 from intra import lineage, storage, tracking
 from intra.backbone import curriculum, locate, model, tiny
 from intra.backbone import warmstart as training
-from intra.config import ArchitectureConfig, Config, load
+from intra.config import ArchitectureConfig, Config, LossConfig, load
 from intra.data import synthetic
 from intra.data.schema import read_pool, read_questions
 from intra.errors import UserError
@@ -196,6 +196,20 @@ def test_a_terminal_sees_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with warmstart._bar(1000, None):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_the_card_of_a_backbone_that_learnt_no_answers_says_so(config: Config) -> None:
+    recipe = config.backbone.warmstart.model_copy(update={"losses": LossConfig(answer=0, retrieval=1), "stages": None})
+    retrieves = config.model_copy(update={"backbone": config.backbone.model_copy(update={"warmstart": recipe})})
+    card = warmstart._card(retrieves, lineage.dataset(config), 1000, 60.0, {"retrieval": 1.5}, {})
+    assert "Trained to retrieve alone: its decoder's queries" in card
+    assert "**not** trained to answer" in card
+    assert "exact match" not in card
+
+
+def test_losses_that_train_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one of answer, retrieval and hop above 0"):
+        load(write(tmp_path, "root"), ["backbone.warmstart.losses={answer: 0, attention: 1}"])
 
 
 @pytest.mark.slow

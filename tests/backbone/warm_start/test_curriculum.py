@@ -126,6 +126,19 @@ def test_of_the_extra_chunks_some_are_near_a_question(backbone: model.Backbone) 
     assert hard >= 3
 
 
+def test_without_its_loss_no_answer_is_packed(backbone: model.Backbone) -> None:
+    settings = config(questions=2, batch_size=2, micro_batch=2, distractors=1, losses={"answer": 0, "retrieval": 1, "attention": 1})
+    (batch,) = questions(settings, backbone)(0)
+    assert (batch.labels == packing.IGNORE).all()
+    assert len(batch.gold) == len(batch.probe_rows) == 2
+    module = warmstart.WarmStart(backbone, settings.backbone.warmstart.losses, settings.backbone.warmstart.pooled_length)
+    losses = module(batch)
+    assert not {"answer", "answer_accuracy"} & set(losses)
+    assert losses["total"] > 0
+    losses["total"].backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in backbone.model.parameters())
+
+
 def test_a_share_of_the_worlds_has_questions_made_of_passages(backbone: model.Backbone) -> None:
     asked = Question("cloze-1", "cloze", "train", "what was large", ("green",), (("c07",),), 1, "cloze")
     (prompt,) = backbone.prompt_ids([asked.question])
