@@ -183,9 +183,11 @@ def _start(model: Adopted, architecture: ArchitectureConfig) -> None:
     copied = min(head_dim, width // (heads - matching))
     for layer in model.get_decoder().layers:
         attention = layer.self_attn
-        # Norms behind queries and keys take their size away: where the weights are small, training turns them faster.
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-            projection.weight *= NOISE
+        own = slice(0, matching * head_dim)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight[own] *= NOISE
+        attention.v_proj.weight[matching * head_dim :] *= NOISE
+        attention.o_proj.weight *= NOISE
         for head, (place, dimension) in itertools.product(range(matching), enumerate(slow)):
             row, column = head * head_dim + dimension, head * part + place
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
