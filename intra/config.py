@@ -32,7 +32,7 @@ class ArchitectureConfig(Section):
     """
 
     encoder: str | None = Field(None, description="a BERT: its directory, or package:NAME/FOLDER of an installed Python package")
-    encoder_sample: int = Field(2000, ge=1, description="the pool's chunks that the frozen encoder's states are whitened by")
+    encoder_sample: int = Field(10_000, ge=1, description="the pool's chunks that the frozen encoder's states are whitened by")
     matching_heads: int = Field(0, ge=0, description="heads that begin as the identity, over a frozen encoder; not all of them")
     hidden_size: int = Field(96, ge=8)
     intermediate_size: int = Field(256, ge=8)

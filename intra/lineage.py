@@ -1,7 +1,8 @@
 """Where each artifact of a configuration lies: the fingerprint of what makes it.
 
     dataset    data section, seed, digests of the input files, tokenizer
-    backbone   trained here: its recipe, the dataset, the seed; otherwise the digest of the model's files
+    start      over a frozen encoder: the backbone before it is trained, by which the store is encoded
+    backbone   trained here: its recipe, the dataset, the seed, the encoding of a frozen encoder; otherwise the digest of the model's files
     store      its encoding (backbone, or a frozen encoder, pooled_length, what shapes the bytes of a shard), the pool's digest
     retriever  store, the questions' digest, the retriever section, the seed
     tuned      of a fine-tuned baseline: its model, the questions, the negatives, the recipe
@@ -31,7 +32,8 @@ from intra.store.format import FORMAT
 
 EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
-MADE_BY = {"dataset": "prepare", "backbone": "warmstart", "store": "encode", "retriever": "train"}  # the workflow; of others, evaluate
+# The workflow; of others, evaluate.
+MADE_BY = {"dataset": "prepare", "start": "encode", "backbone": "warmstart", "store": "encode", "retriever": "train"}
 
 
 def _artifact(config: Config, kind: str, **parts: object) -> Artifact:
@@ -79,6 +81,7 @@ def backbone(config: Config) -> Artifact:
         prompt=config.backbone.prompt,
         dtype=config.backbone.dtype,
         seed=config.seed,
+        **({"states": encoding(config)} if over_encoder(config) else {}),
     )
 
 
@@ -101,6 +104,18 @@ def encoder(config: Config) -> str:
         return backbone(config).fingerprint
     sample = {"dataset": dataset(config).fingerprint, "count": size.encoder_sample, "seed": config.seed}
     return fingerprint({"version": VERSION, "encoder": locate.encoder_digest(size.encoder), "sample": sample})
+
+
+def start(config: Config) -> Artifact:
+    """The backbone over a frozen encoder before it is trained: the model that encodes, and that the warm start begins with."""
+    return _artifact(config, "start", encoder=encoder(config), architecture=_architecture(config), seed=config.seed)
+
+
+def model(config: Config) -> tuple[str, str | None]:
+    """The directory, or the hub's name and revision, of the model that encodes."""
+    if not config.backbone.train:
+        return config.backbone.model, config.backbone.revision
+    return (start(config) if over_encoder(config) else backbone(config)).url, None
 
 
 def _decoder(config: Config) -> dict[str, object]:

@@ -8,7 +8,8 @@ import pytest
 
 from intra import lineage
 from intra.config import Config, parse
-from workflows import prepare
+from intra.errors import UserError
+from workflows import encode, nightly, prepare, warmstart
 
 from .conftest import make_bert, write_world
 
@@ -42,6 +43,19 @@ def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_
     for artifact in (lineage.retriever, lambda each: lineage.answers(each, "bm25"), lambda each: lineage.ranking(each, "intra")):
         assert artifact(config).fingerprint != artifact(other).fingerprint
     assert lineage.ranking(config, "bm25").fingerprint == lineage.ranking(other, "bm25").fingerprint
+
+
+def test_over_a_frozen_encoder_the_store_comes_before_the_backbone(config: Config) -> None:
+    """The start encodes: one for all recipes. What shapes the states that the warm start reads is part of the backbone."""
+    other = changed(config, "backbone.warmstart.steps", 7)
+    assert lineage.model(config) == lineage.model(other) == (lineage.start(config).url, None)
+    assert lineage.backbone(config).fingerprint != lineage.backbone(changed(config, "store.dtype", "int8")).fingerprint
+    assert lineage.start(config).fingerprint != lineage.start(changed(config, "backbone.architecture.decoder_layers", 3)).fingerprint
+    assert nightly.steps(config) == ["prepare", "encode", "warmstart", "train", "evaluate"]
+    with pytest.raises(UserError, match=r"store .* is missing .*workflows/encode\.py"):
+        warmstart.run(config)
+    assert "waits for the store" in warmstart.plan(config)[0]
+    assert any("first the encoder is whitened, by 10,000 chunks" in line for line in encode.plan(config))
 
 
 @pytest.mark.parametrize(("path", "value"), [("backbone.architecture.encoder_sample", 9), ("seed", 1), ("retriever.pooled_length", 3)])

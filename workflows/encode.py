@@ -3,8 +3,9 @@
     python workflows/encode.py --config configs/quickstart.yaml [section.key=value ...] [--dry-run | --verify | --repair | --prune]
     ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/encode.py --config configs/paper.yaml root=s3://bucket/run
 
-Needs the dataset (workflows/prepare.py) and, with backbone.train=true, the backbone (workflows/warmstart.py). Cut off at any
-point, the same command redoes only the shards that are not committed. The store's bytes do not depend on `store.workers`.
+Needs the dataset (workflows/prepare.py) and, with backbone.train=true, the backbone (workflows/warmstart.py), unless its encoder is frozen:
+then the warm start reads this store. Cut off at any point, the same command redoes only the shards that are not committed. The store's
+bytes do not depend on `store.workers`.
 Of a pool that has changed only the new chunks are encoded. A shard that fails is tried again on another worker, then set aside while
 the rest goes on. --dry-run forecasts bytes, operations, hours and memory; --verify compares every byte with its checksum; --repair makes
 what is damaged again; --prune deletes what stores of older corpora with the same encoding do not share with this one.
@@ -34,6 +35,7 @@ from intra.store import claim, forecast, planning, prune, verify
 from intra.store.forecast import size
 from intra.store.format import COMMIT, PLAN, POOLED, SCALE, SETTINGS, STATES, Commit, Shard, committed
 from intra.store.progress import Progress, peak_memory
+from workflows import warmstart
 
 WORKERS_A_LOADER = 8  # tokenising is light: one loader feeds many encoders
 LOADER_CPUS = 0.5
@@ -61,8 +63,10 @@ def plan(config: Config) -> Iterator[str]:
         return
     counts = dataset.manifest()
     found = forecast.forecast(config, counts["chunks"], counts["tokens"])
-    backbone = lineage.backbone(config)
-    ready = not config.backbone.train or backbone.complete()
+    frozen = lineage.over_encoder(config)
+    waits = "" if frozen or not config.backbone.train or lineage.backbone(config).complete() else (
+        f"; waits for the backbone {lineage.backbone(config).url} (workflows/warmstart.py)"
+    )  # fmt: skip
     store = lineage.store(config)
     if store.complete():
         yield f"encode: store {store.url} is complete ({counts['chunks']:,} chunks, {counts['tokens']:,} tokens)"
@@ -73,7 +77,9 @@ def plan(config: Config) -> Iterator[str]:
     made = _plan(config, store, dataset)
     commits = committed(store, made.shards)
     missing = len(made.shards) - len(commits)
-    yield f"encode: store {store.url}" + ("" if ready else f"; waits for the backbone {backbone.url} (workflows/warmstart.py)")
+    yield f"encode: store {store.url}{waits}"
+    if frozen and not lineage.start(config).complete():
+        yield f"  first the encoder is whitened, by {config.backbone.architecture.encoder_sample:,} chunks: {lineage.start(config).url}"
     if len(made.lent.rows):
         lent = f"  {len(made.lent.rows):,} of the {counts['chunks']:,} chunks are borrowed from complete stores of the same encoding"
         yield f"{lent} ({', '.join(made.bases)})"
@@ -179,7 +185,7 @@ def _complete(store: Artifact) -> bool:
 def _check(config: Config) -> None:
     """Raises UserError where the run cannot succeed, before anything starts."""
     _device(config)
-    if config.backbone.train:
+    if config.backbone.train and not lineage.over_encoder(config):
         lineage.backbone(config).manifest()  # there, and complete
 
 
@@ -219,10 +225,11 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
     commits = committed(store, made.shards)
     found = forecast.forecast(config, len(made.fresh), made.fresh_tokens)
     forecast.check(config, found, _written(commits))
+    if lineage.over_encoder(config):
+        warmstart.start(config)
     # A trained backbone is an artifact below the root; any other is found by each machine for itself.
-    model = lineage.backbone(config).url if config.backbone.train else config.backbone.model
+    model, revision = lineage.model(config)
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    revision = None if config.backbone.train else config.backbone.revision
     source = writer.Source(model, revision, locate.digest(model, revision), config.backbone.dtype, _device(config), config.store.threads)
     mark = lineage.encoder(config) if lineage.over_encoder(config) else source.digest
     settings = _settings(config, mark, counts["pool_sha256"])

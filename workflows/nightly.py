@@ -32,7 +32,9 @@ STEPS: dict[str, Callable[[Config], Artifact]] = {
 
 
 def steps(config: Config) -> list[str]:
-    """The steps this configuration has: a warm start only where it trains a backbone."""
+    """The steps this configuration has, in order: a warm start only where it trains a backbone; over a frozen encoder behind the store."""
+    if lineage.over_encoder(config):
+        return ["prepare", "encode", "warmstart", "train", "evaluate"]
     return [name for name in STEPS if name != "warmstart" or config.backbone.train]
 
 
@@ -47,7 +49,8 @@ def plan(config: Config) -> list[str]:
     """The plans of all steps, in order; of the first alone where it has files to fetch. Makes nothing."""
     if hub.missing(config.data):
         return [*prepare.plan(config), "the other steps have their plans once these files are there"]
-    return [line for name in STEPS for line in importlib.import_module(f"workflows.{name}").plan(config)]
+    names = steps(config) if config.backbone.train else list(STEPS)
+    return [line for name in names for line in importlib.import_module(f"workflows.{name}").plan(config)]
 
 
 def run(config: Config) -> str:

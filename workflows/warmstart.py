@@ -3,7 +3,8 @@
     python workflows/warmstart.py --config configs/quickstart.yaml backbone.train=true [section.key=value ...] [--dry-run]
     ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/warmstart.py --config configs/paper.yaml root=s3://bucket/run
 
-Needs the dataset (workflows/prepare.py). Without `backbone.train` there is nothing to do: the backbone is `backbone.model`.
+Needs the dataset (workflows/prepare.py) and, over a frozen encoder, the store (workflows/encode.py), whose states it reads. Without
+`backbone.train` there is nothing to do: the backbone is `backbone.model`.
 Makes <root>/backbone/<fingerprint>/: the model directory, README.md, curve.parquet, curve.png and, last, manifest.json. Cut off at any
 point, the same command goes on from the last checkpoint, to the same weights. Checkpoints lie beside the artifact, in
 <root>/backbone/<fingerprint>.training, until it is complete.
@@ -56,6 +57,8 @@ def plan(config: Config) -> list[str]:
     stages = "".join(f"; stage {stage.name} {stage.share:.0%}" for stage in recipe.stages or [])
     split = " that share the weights" if recipe.shard and recipe.workers > 1 else ""
     waits = "" if dataset.complete() else f"; waits for the dataset {dataset.url} (workflows/prepare.py)"
+    if not waits and lineage.over_encoder(config) and not lineage.store(config).complete():
+        waits = f"; waits for the store {lineage.store(config).url} (workflows/encode.py)"
     return [
         f"warmstart: backbone {backbone.url}: {recipe.steps:,} steps of {recipe.batch_size} worlds with {recipe.questions} questions each, "
         f"from {start}, with {recipe.workers} workers{split}; losses {recipe.losses.model_dump()}{stages}{waits}"
@@ -70,9 +73,41 @@ def run(config: Config) -> str:
     manifest = lineage.dataset(config).manifest()
     if config.data.source != "synthetic" and not any(splits.get("train") for splits in manifest["questions"].values()):
         raise UserError("backbone.train: the dataset has no training questions; add some (data.train_split) or set backbone.train=false")
+    if lineage.over_encoder(config):
+        lineage.store(config).manifest()  # there, and complete
     with tracking.step(config, "warmstart", backbone) as step:
         _make(config, backbone, step)
     return backbone.url
+
+
+def start(config: Config) -> str:
+    """Makes the backbone over a frozen encoder as it is before training, where it is not complete. Returns its URL."""
+    import torch
+
+    from intra.backbone import adopted, curriculum, locate, tiny
+    from intra.data.chunking import chunk_text
+    from intra.data.schema import read_pool
+
+    artifact, architecture = lineage.start(config), config.backbone.architecture
+    if artifact.complete():
+        return artifact.url
+    dataset = lineage.dataset(config)
+    pool = read_pool(dataset.url)
+    rows = curriculum.extra_rows(len(pool), architecture.encoder_sample, config.seed)
+    print(f"start: '{architecture.encoder}' is whitened by {len(rows):,} chunks", file=sys.stderr)
+    sample = [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows]
+    tokenizer = locate.load_tokenizer(dataset.path("tokenizer"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.backbone.warmstart.threads)
+    try:
+        built = adopted.build(architecture, tokenizer, config.seed, sample)
+    finally:
+        torch.set_num_threads(before)
+    with tempfile.TemporaryDirectory() as temporary:
+        tiny.save(built, tokenizer, temporary)
+        storage.upload(temporary, artifact.url)
+    artifact.finish({"dataset": dataset.fingerprint, "encoder": architecture.encoder, "sample": len(rows)})
+    return artifact.url
 
 
 # -- on the driver ----------------------------------------------------------------------------------------------------
@@ -219,10 +254,9 @@ def _worker(settings: dict[str, Any]) -> None:
     if recipe.gpus_per_worker > 0:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
-    pool = read_pool(dataset) if config.data.source != "synthetic" or lineage.over_encoder(config) else None
+    pool = read_pool(dataset) if config.data.source != "synthetic" else None
     resumed = ray.train.get_checkpoint()
-    sample = _sample(config, pool) if resumed is None and pool is not None and lineage.over_encoder(config) else ()
-    module = _module(config, dataset, sample)
+    module = _module(config, dataset)
     warmstart.place(module, recipe, device, workers)
     optimizer = warmstart.optimizers(module, recipe)
     start, rows = 0, []
@@ -230,7 +264,7 @@ def _worker(settings: dict[str, Any]) -> None:
         with resumed.as_directory() as folder:
             start = checkpoints.load(module, optimizer, Path(folder))
             rows = json.loads((Path(folder) / CURVE).read_text())
-    if config.data.source == "synthetic" or pool is None:
+    if pool is None:
         batches = curriculum.synthetic_batches(config, module.backbone, rank, workers)
     else:
         questions = read_questions(dataset, "train")
@@ -290,37 +324,31 @@ def _near(pool: Pool, questions: Sequence[Question], folder: str, rank: int, wor
     return {question.question_id: rows for question, rows in zip(questions, found, strict=True)}
 
 
-def _module(config: Config, dataset: str, sample: Sequence[str] = ()) -> Any:
-    """The backbone in training, at its start: random weights and the tokenizer of the dataset (its URL), or the given model; float32.
-
-    `sample`: texts by which a frozen encoder is whitened. Without them its weights are to be read from a checkpoint.
-    """
+def _module(config: Config, dataset: str) -> Any:
+    """The backbone in training, at its start: random weights and the tokenizer of the dataset (its URL), or the given model; float32."""
     from intra.backbone import adopted, locate, model, tiny, warmstart
+    from intra.store.reader import ChunkStore
 
-    if lineage.from_scratch(config):
+    if lineage.from_scratch(config) and not lineage.over_encoder(config):
         tokenizer = locate.load_tokenizer(storage.join(dataset, "tokenizer"))
-        architecture = config.backbone.architecture
-        if lineage.over_encoder(config):
-            built = adopted.build(architecture, tokenizer, config.seed, sample)
-        else:
-            built = tiny.build(architecture, tokenizer, config.seed)
-        backbone = model.Backbone(built, tokenizer, config.backbone.prompt)
+        backbone = model.Backbone(tiny.build(config.backbone.architecture, tokenizer, config.seed), tokenizer, config.backbone.prompt)
     else:
-        backbone = model.load(config.backbone.model, config.backbone.revision, dtype="float32", device="cpu", prompt=config.backbone.prompt)
+        place = (lineage.start(config).url, None) if lineage.over_encoder(config) else (config.backbone.model, config.backbone.revision)
+        backbone = model.load(*place, dtype="float32", device="cpu", prompt=config.backbone.prompt)
     backbone.model.requires_grad_(True)
+    stored = None
     if backbone.frozen_encoder:
         adopted.freeze(backbone.model)
+        if lineage.over_encoder(config):
+            store = ChunkStore(lineage.store(config).url)
+
+            def stored(rows: Sequence[int]) -> list[Any]:
+                return store.states([store.chunk_ids[row] for row in rows])
+
     recipe = config.backbone.warmstart
-    return warmstart.WarmStart(backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring, recipe.head_weights == "equal")
-
-
-def _sample(config: Config, pool: Pool) -> list[str]:
-    """The encoder's texts of some of the pool's chunks."""
-    from intra.backbone import curriculum
-    from intra.data.chunking import chunk_text
-
-    rows = curriculum.extra_rows(len(pool), config.backbone.architecture.encoder_sample, config.seed)
-    return [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows]
+    return warmstart.WarmStart(
+        backbone, recipe.losses, recipe.pooled_length, recipe.retrieval_scoring, recipe.head_weights == "equal", stored
+    )
 
 
 # -- the curve --------------------------------------------------------------------------------------------------------

@@ -302,15 +302,15 @@ def question_batches(
                     )
                     for question, group in zip(drawn, gold, strict=True)
                 ]
-                worlds.append(_pack(backbone, rng, backbone.tokenize(texts), asked, now))
-            extra, kept = [], []
+                worlds.append(_pack(backbone, rng, backbone.tokenize(texts), asked, now, rows))
+            extra, kept, others = [], [], []
             if now.extra_chunks and (now.losses.retrieval or now.losses.hop):
                 rng = random.Random(f"intra warm start extra {config.seed} {step * recipe.batch_size + micro[0]}")
                 drawn_rows = rng.sample(bank, min(len(bank), now.extra_chunks + len(seen)))
-                rows = [row for row in dict.fromkeys([*hard, *drawn_rows]) if row not in seen][: now.extra_chunks]
-                extra = backbone.tokenize([chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows])
+                others = [row for row in dict.fromkeys([*hard, *drawn_rows]) if row not in seen][: now.extra_chunks]
+                extra = backbone.tokenize([chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in others])
                 kept = _kept(rng, len(extra), recipe)
-            micros.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept))
+            micros.append(collate(worlds, backbone.tokenizer.pad_token_id, extra, kept, others))
         return micros
 
     return batches
@@ -337,8 +337,13 @@ class Asked:
     named: bool = False  # the question names all its gold chunks
 
 
-def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked: Sequence[Asked], recipe: WarmstartConfig) -> PackedWorld:
+def _pack(
+    backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked: Sequence[Asked], recipe: WarmstartConfig,
+    rows: Sequence[int] = (),
+) -> PackedWorld:  # fmt: skip
     """One world: an answer segment for each question, where answers are trained, and a retrieval segment for a share of them.
+
+    `rows`: those of the chunks, where they are a pool's.
 
     The answer is read from the whole world. A retrieval pass will read S_0, which has the first hop and, unless the question names
     it, seldom the last: so its segment sees each chunk with a chance of its own, and of the gold mostly the first alone.
@@ -368,7 +373,7 @@ def _pack(backbone: Backbone, rng: random.Random, chunks: list[list[int]], asked
             if bridges[index] and gold[0] in visible:
                 segment.looks = [Look(place, EARLY, bridges[index]) for place in segment.probes]
             segments.append(segment)
-    return PackedWorld(chunks, segments, _kept(rng, len(chunks), recipe))
+    return PackedWorld(chunks, segments, _kept(rng, len(chunks), recipe), list(rows))
 
 
 def _kept(rng: random.Random, chunks: int, recipe: WarmstartConfig) -> list[list[bool]]:

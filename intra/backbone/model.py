@@ -31,6 +31,7 @@ from intra.errors import UserError
 
 __all__ = ["Backbone", "Memory", "digest", "load", "load_tokenizer", "pack", "pool", "pool_all", "resolve", "tokenizer_digest"]
 
+OTHERS = 0.1  # of the head weights that retrieval starts from: of a head that does not match, where others do
 PROMPT: str = BackboneConfig.model_fields["prompt"].default
 
 
@@ -113,6 +114,16 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def head_shares(self) -> Tensor:
+        """What the weights of a layer's heads are to start from, beside one another: float32 [heads], their mean square 1.
+
+        Equal; but where some began as MaxSim (`matching_heads`), the others say little of a chunk before they are trained.
+        """
+        shares = torch.ones(self.heads)
+        if self.matching_heads:
+            shares[self.matching_heads :] = OTHERS
+        return shares / shares.square().mean().sqrt()
 
     @property
     def dtype(self) -> torch.dtype:

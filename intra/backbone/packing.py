@@ -59,12 +59,15 @@ class PackedWorld:
     chunks: list[list[int]]  # encoder token ids
     segments: list[Segment]
     kept: list[list[bool]]  # of each chunk's pooled vectors, the ones to score; at least one
+    rows: list[int] = field(default_factory=list)  # of the chunks, where they are a pool's
 
 
 @dataclass(frozen=True)
 class Batch:
     chunks: list[list[int]]  # of all worlds
     extra: list[list[int]]  # of no world
+    rows: list[int]  # of `chunks` in the pool, where they are a pool's; else none
+    extra_rows: list[int]  # the same of `extra`
     gather: Tensor  # long [W, M]: place of each memory token in the flat [C * N] encoder output
     memory_chunk: Tensor  # long [W, M]: index of the chunk in its world, -1 for padding
     ids: Tensor  # long [W, Q]
@@ -88,7 +91,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device; token ids stay lists."""
-        tensors = [item.name for item in fields(self) if item.name not in ("chunks", "extra", "echoes")]
+        tensors = [item.name for item in fields(self) if item.name not in ("chunks", "extra", "rows", "extra_rows", "echoes")]
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
@@ -111,8 +114,11 @@ def retrieval_segment(
     return Segment(ids, positions, [IGNORE] * len(ids), list(visible), list(range(start, len(ids))), list(gold), list(echo))
 
 
-def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] = (), extra_kept: Sequence[list[bool]] = ()) -> Batch:
-    """One batch of the worlds, padded on the right, with `extra` chunks and what to score of their pooled vectors.
+def collate(
+    worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] = (), extra_kept: Sequence[list[bool]] = (),
+    extra_rows: Sequence[int] = (),
+) -> Batch:  # fmt: skip
+    """One batch of the worlds, padded on the right, with `extra` chunks, what to score of their pooled vectors, and their rows in the pool.
 
     Every retrieval segment must have the same number of probes.
     """
@@ -162,6 +168,8 @@ def collate(worlds: Sequence[PackedWorld], pad: int, extra: Sequence[list[int]] 
     return Batch(
         chunks=chunks,
         extra=list(extra),
+        rows=[row for world in worlds for row in world.rows],
+        extra_rows=list(extra_rows),
         gather=places,
         memory_chunk=_padded(memory_chunk, -1),
         ids=_padded([row["ids"] for row in rows], pad),

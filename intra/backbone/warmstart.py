@@ -13,7 +13,7 @@
                 look at the answer's tokens, early ones at the words in the first gold chunk that name the last
 
 Over a frozen encoder (intra.backbone.adopted) the retrieval positions are the echoed question's too, the attention loss leaves the matching
-heads alone, and a chunk's states are encoded by themselves, rounded to bfloat16 as a store would keep them, and kept for later steps.
+heads alone, and the states of a pool's chunks are read from its store: they have been encoded once.
 
 A backbone trained with the last three is not "pretrained only for generation": its model card says so. alpha is trained beside
 the backbone and thrown away. A batch's `extra` chunks are scored with the others, without a gradient to the encoder.
@@ -45,7 +45,6 @@ from intra.backbone.model import Backbone
 from intra.backbone.packing import EARLY, IGNORE, LATE, Batch, masks, pooled
 from intra.config import LossConfig, WarmstartConfig
 
-KEPT_BYTES = 2**31  # of a frozen encoder's states
 GATHERED = 2**26  # numbers of the attention loss's keys, a copy for each look, at most
 
 
@@ -69,11 +68,15 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
     """The backbone in training, and the retrieval loss's own weights alpha [layers, heads]; [layers, 1] where heads weigh the same.
 
     Equal weights are what a retriever starts from: trained ones may rest on a few heads, and a new retriever has to find them again.
-    `alpha_hop` [2, layers, heads or 1] weighs the two hop losses; each is zero outside its half of the layers. `losses` are those of a
-    call that names none.
+    Either is taken times the backbone's `head_shares`. `alpha_hop` [2, layers, heads or 1] weighs the two hop losses; each is zero outside
+    its half of the layers. `losses` are those of a call that names none.
     """
 
-    def __init__(self, backbone: Backbone, losses: LossConfig, pooled_length: int, scoring: str = "per_head", equal: bool = False) -> None:
+    def __init__(
+        self, backbone: Backbone, losses: LossConfig, pooled_length: int, scoring: str = "per_head", equal: bool = False,
+        stored: Callable[[Sequence[int]], list[Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        """`stored`: rows of the pool -> the states of these chunks, Tensor[n_i, d] fp32; of a frozen encoder alone."""
         super().__init__()
         self.backbone = backbone
         self.model = backbone.model
@@ -81,8 +84,7 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         self.pooled_length = pooled_length
         self.scoring = scoring
         self.bfloat16 = False  # whether matrices are multiplied in bfloat16; `place` sets it
-        self._kept: dict[tuple[int, ...], Tensor] = {}  # states of a frozen encoder, bfloat16, the oldest first
-        self._room = KEPT_BYTES
+        self._stored = stored
         shape = backbone.layers, 1 if equal else backbone.heads
         # Scores of about unit spread at the start: a dot product of two normed queries and keys has spread head_dim ** 0.5.
         start = backbone.head_dim**-0.5 / (backbone.layers * backbone.heads) ** 0.5
@@ -94,6 +96,7 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         halves[0, : max(1, backbone.layers // 2)] = 1
         halves[1, backbone.layers // 2 :] = 1
         self.register_buffer("halves", halves, persistent=False)
+        self.register_buffer("shares", backbone.head_shares(), persistent=False)
 
     @property
     def sharded(self) -> bool:
@@ -108,7 +111,7 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         own, cross = masks(batch, config.sliding_window)
         sink = _Sink()
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.bfloat16 and not self.sharded):
-            states = self._states(batch.chunks)
+            states = self._states(batch.chunks, batch.rows)
             memory = states.flatten(0, 1)[batch.gather]
             vectors = self._vectors(batch, states) if scored else None
             # A sharded layer's weights are whole within its own forward only: there it makes the keys, in `_keep_keys`.
@@ -153,9 +156,10 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
 
     def _retrieval(self, scores: Tensor, gold: Tensor) -> Tensor:
         """The retrieval loss of scores [S, C + E, layers, heads] against gold [S, C + E], each row's shares."""
+        alpha = self._each(self.alpha) * self.shares
         if self.scoring == "per_head":
-            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, self._each(self.alpha)), gold)
-        layers = torch.einsum("sclh,lh->slc", scores, self._each(self.alpha)).log_softmax(-1)
+            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, alpha), gold)
+        layers = torch.einsum("sclh,lh->slc", scores, alpha).log_softmax(-1)
         mixture = layers.logsumexp(1) - math.log(self.backbone.layers)
         return -(gold * mixture).sum(-1).mean()
 
@@ -166,27 +170,17 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         if not batch.extra:
             return vectors
         with torch.no_grad():
-            others = self._states(batch.extra)
+            others = self._states(batch.extra, batch.extra_rows)
             lengths = torch.tensor([len(chunk) for chunk in batch.extra], device=states.device)
             further = pooled(others, lengths, self.pooled_length)
         return torch.cat([vectors, further])
 
-    def _states(self, chunks: Sequence[Sequence[int]]) -> Tensor:
+    def _states(self, chunks: Sequence[Sequence[int]], rows: Sequence[int] = ()) -> Tensor:
         """The encoder's states of the chunks, padded on the right: [C, N, d]. Of a frozen encoder, without a gradient."""
         if not self.backbone.frozen_encoder:
             return self.backbone.states(chunks).states
-        return pad_sequence([self._frozen(tuple(chunk)).float() for chunk in chunks], batch_first=True)
-
-    def _frozen(self, chunk: tuple[int, ...]) -> Tensor:
-        # By itself, not in a batch: the same bits whether it was kept or a run that was cut off makes it again.
-        states = self._kept.pop(chunk, None)
-        if states is None:
-            states = self.backbone.encode([chunk])[0].bfloat16()
-            self._room -= states.nbytes
-        self._kept[chunk] = states
-        while self._room < 0 and len(self._kept) > 1:
-            self._room += self._kept.pop(next(iter(self._kept))).nbytes
-        return states
+        found = self._stored(rows) if self._stored is not None and rows else self.backbone.encode(chunks)
+        return pad_sequence([states.to(self.backbone.device) for states in found], batch_first=True)
 
     def _echoed(self, batch: Batch) -> Tensor:
         """The decoder's input [W, Q, d] with the questions' states in place, and their mean added to the probes behind them."""
@@ -207,8 +201,8 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         """The cross-attention that falls on each look's tokens, among the memory alone: Tensor[K], the mean over heads and layers."""
         seen = cross[batch.look_row, 0, batch.look_column]
         repeat = self.backbone.heads // self.backbone.kv_heads
-        # The keys of every look by itself are less work where the looks are few; of many, all places' logits are.
-        gathered = seen.numel() * self.backbone.heads * self.backbone.head_dim <= GATHERED
+        # The keys of every look by itself are less work where the looks are few and the chunks short; else all places' logits are.
+        gathered = not self.backbone.frozen_encoder and seen.numel() * self.backbone.heads * self.backbone.head_dim <= GATHERED
         layers = []
         for layer in range(self.backbone.layers):
             keys = self._keys(memory, layer, "memory", sink).repeat_interleave(repeat, dim=2)  # [W, M, heads, head_dim]
@@ -226,6 +220,7 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
     def _scores(self, batch: Batch, vectors: Tensor, sink: _Sink) -> Tensor:
         """Sum over probes of MaxSim, per layer and head: Tensor[S, C + E, layers, heads]."""
         repeat = self.backbone.heads // self.backbone.kv_heads
+        everything = bool(batch.kept.all())
         rows, columns = batch.probe_rows, batch.probe_columns
         if batch.echoes:
             read = torch.cat([torch.ones_like(rows, dtype=torch.bool), batch.echoed], dim=1)
@@ -236,7 +231,8 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
             queries = sink[layer].transpose(1, 2)[rows, columns]  # [S, R, heads, head_dim]
             keys = self._keys(vectors, layer, "vectors", sink).repeat_interleave(repeat, dim=2)  # [C + E, P, heads, head_dim]
             products = torch.einsum("srhe,cphe->srchp", queries, keys)
-            products = products.masked_fill(~batch.kept[:, None, :], float("-inf"))
+            if not everything:
+                products = products.masked_fill(~batch.kept[:, None, :], float("-inf"))
             best = products.amax(-1)
             layers.append((best * read[:, :, None, None] if batch.echoes else best).sum(1))
         return torch.stack(layers, dim=2) / (read.sum(dim=1)[:, None, None, None] if batch.echoes else rows.shape[1])

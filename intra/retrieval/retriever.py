@@ -68,7 +68,7 @@ class Retriever(nn.Module):  # type: ignore[misc]
         """An untrained retriever, the same for the same seed.
 
         Every token starts at the embedding of the prompt's last token - where the decoder is about to answer - plus noise
-        that sets the tokens apart. The weights start equal; `calibrate` gives them their size.
+        that sets the tokens apart. The weights start as `Backbone.head_shares` says; `calibrate` gives them their size.
         """
         retriever = cls(settings)
         retriever.check(backbone)
@@ -85,18 +85,18 @@ class Retriever(nn.Module):  # type: ignore[misc]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def calibrate(self, backbone: Backbone, prompt_ids: list[list[int]], memory: Memory, pooled: Tensor) -> None:
-        """Sets every weight to the one value with which a component's scores have standard deviation 1 over `pooled` [N, P, d].
+        """Scales the start (`Backbone.head_shares`) so that a component's scores have standard deviation 1 over `pooled` [N, P, d].
 
         Components and questions are averaged. The temperature divides these scores: the softmax starts from a spread of
         1 / temperature. Weights of 0 would give the tokens no gradient. Raises UserError where the scores do not differ at all.
         """
-        self.weights.fill_(1.0)
+        self.weights.copy_(backbone.head_shares().expand_as(self.weights))
         queries = backbone.queries(prompt_ids, self.tokens.to(backbone.device), memory)
         components = self.scorer(queries, backbone)(pooled) * self.settings.temperature
         spread = float(components.std(dim=2).mean())
         if not spread > 0:
             raise UserError("retriever: the backbone scores every chunk alike, so there is nothing to train on; check backbone.model")
-        self.weights.fill_(1 / spread)
+        self.weights /= spread
 
     def check(self, backbone: Backbone) -> None:
         """Raises UserError where this retriever was made for a backbone of another shape."""

@@ -67,11 +67,10 @@ def _measured(
     from intra.backbone.model import load
 
     prepare(config)
-    if config.backbone.train:
+    if config.backbone.train and not lineage.over_encoder(config):
         _random_weights(config)
-    dataset, source = lineage.dataset(config), lineage.backbone(config)
-    model = source.url if config.backbone.train else config.backbone.model
-    revision = None if config.backbone.train else config.backbone.revision
+    dataset = lineage.dataset(config)
+    model, revision = lineage.model(config)
     device = config.backbone.device if config.store.gpus_per_worker else "cpu"
     backbone = load(model, revision, dtype=config.backbone.dtype, device=device)
     tokenize = writer.LoadTokenize(dataset.url, model, revision, config.data.template)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,14 @@ def test_it_answers_and_is_saved_and_loaded(backbone: model.Backbone, bert: Path
         assert torch.equal(one, other)
 
 
-def losses(folder: Path, **warm: Any) -> tuple[warmstart.WarmStart, warmstart.Optimizers, packing.Batch]:
+def losses(
+    folder: Path, stored: Callable[[Sequence[int]], list[torch.Tensor]] | None = None, **warm: Any
+) -> tuple[warmstart.WarmStart, warmstart.Optimizers, packing.Batch]:
     backbone = model.load(str(folder), device="cpu")
     backbone.model.requires_grad_(True)
     adopted.freeze(backbone.model)
     recipe = config(**warm).backbone.warmstart
-    module = warmstart.WarmStart(backbone, LossConfig(answer=1, retrieval=1, hop=1, attention=1), 7, "mixture")
+    module = warmstart.WarmStart(backbone, LossConfig(answer=1, retrieval=1, hop=1, attention=1), 7, "mixture", stored=stored)
     asked = [
         curriculum.Asked("where was the directed of red moon born", "oldtown", [0, 1], "ada bell"),
         curriculum.Asked("green", "river", [2], "green"),
@@ -138,9 +141,27 @@ def losses(folder: Path, **warm: Any) -> tuple[warmstart.WarmStart, warmstart.Op
     everything = config(
         losses={"retrieval": 1.0, "attention": 1.0}, retrieval_share=1.0, pooled_length=7, probes=3, probe_span=3
     ).backbone.warmstart
-    packed = curriculum._pack(backbone, random.Random(0), chunks, asked, everything)
+    packed = curriculum._pack(backbone, random.Random(0), chunks, asked, everything, [4, 9, 2])
     extra = backbone.tokenize(sentences(5, seed=9))
-    return module, warmstart.optimizers(module, recipe), packing.collate([packed], 0, extra, [[True] * 7] * 5)
+    return module, warmstart.optimizers(module, recipe), packing.collate([packed], 0, extra, [[True] * 7] * 5, [8, 7, 6, 5, 3])
+
+
+def test_the_states_of_a_pools_chunks_are_those_of_its_store(adopted_folder: Path) -> None:
+    module, _, batch = losses(adopted_folder)
+    texts = dict(zip([*batch.rows, *batch.extra_rows], [*batch.chunks, *batch.extra], strict=True))
+    read: list[int] = []
+
+    def stored(rows: Sequence[int]) -> list[torch.Tensor]:
+        read.extend(rows)
+        return [module.backbone.encode([texts[row]])[0].bfloat16().float() for row in rows]
+
+    reading, _, _ = losses(adopted_folder, stored)
+    live, found = module(batch), reading(batch)
+    assert sorted(read) == sorted(texts)
+    for name, value in live.items():
+        assert torch.allclose(value, found[name], rtol=0.02, atol=1e-3), name
+    turned, _, _ = losses(adopted_folder, lambda rows: [-states for states in stored(rows)])
+    assert not torch.allclose(turned(batch)["retrieval"], live["retrieval"], rtol=0.05)
 
 
 def test_training_scores_as_searching_does(adopted_folder: Path) -> None:
@@ -198,6 +219,16 @@ def test_the_encoder_and_the_words_stay_and_matching_heads_move_less(adopted_fol
         assert backbone.matching_heads == 3
     assert moved[0.0] == 0
     assert 0 < moved[0.1] < 0.2 * moved[1.0]
+
+
+def test_the_other_heads_weigh_little_at_first(adopted_folder: Path) -> None:
+    module, _, batch = losses(adopted_folder)
+    shares = module.backbone.head_shares()
+    assert torch.allclose(shares[3:] / shares[0], torch.full((3,), 0.1))
+    assert float(shares.square().mean()) == pytest.approx(1.0)
+    module(batch)["retrieval"].backward()
+    values = module.backbone.model.get_decoder().layers[3].self_attn.q_proj.weight.grad.unflatten(0, (6, -1)).abs().sum((1, 2))
+    assert 0 < values[3:].max() < 0.3 * values[:3].min()
 
 
 def test_the_attention_loss_leaves_the_matching_heads_alone(adopted_folder: Path) -> None:

@@ -38,6 +38,16 @@ def test_calibration_spreads_the_components_by_about_one(kind: str, backbone: Ba
     assert len(retriever.weights.unique()) == 1
 
 
+def test_weights_start_as_the_backbone_says(backbone: Backbone, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "matching_heads", 1)
+    retriever = Retriever.initialise(backbone, settings(backbone), seed=1)
+    prompts, memory = backbone.prompt_ids(["where was ada born ?"]), read_context(backbone, store, [[1, 2]], 4)  # type: ignore[arg-type]
+    retriever.calibrate(backbone, prompts, memory, store.vectors)
+    found = retriever.weights.detach()
+    assert torch.allclose(found / found[:, :1], (backbone.head_shares() / backbone.head_shares()[0]).expand_as(found))
+    assert float(found[0, -1] / found[0, 0]) == pytest.approx(0.1)
+
+
 def test_saves_and_loads(retriever: Retriever, root: str) -> None:
     folder = f"{root}/retriever"
     retriever.save_pretrained(folder, run={"seed": 7})

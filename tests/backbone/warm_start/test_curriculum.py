@@ -28,13 +28,10 @@ STAGES = [
 
 
 @pytest.mark.parametrize("source", ["synthetic", "questions", "adopted"])
-def test_a_stopped_run_goes_on_to_the_same_weights(
-    folder: Path, adopted_folder: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, adopted_folder: Path, tmp_path: Path, source: str) -> None:
     """With every part of the recipe that could carry a state from step to step."""
     settings = config(distractors=1, questions=2, stages=STAGES, extra_chunks=3, retrieval_scoring="mixture", name_parts=[2, 3])
     recipe = settings.backbone.warmstart
-    monkeypatch.setattr(warmstart, "KEPT_BYTES", 4000)  # some of a frozen encoder's states are dropped and made again
 
     def fresh() -> tuple[warmstart.WarmStart, warmstart.Optimizers, curriculum.Batches]:
         backbone = model.load(str(adopted_folder if source == "adopted" else folder), device="cpu")
@@ -119,6 +116,8 @@ def test_of_the_extra_chunks_some_are_near_a_question(backbone: model.Backbone) 
         (batch,) = batches(step)
         worlds, extra = ({texts.index(chunk) for chunk in chunks} for chunks in (batch.chunks, batch.extra))
         assert len(batch.extra) == len(extra) == 3
+        assert [texts[row] for row in batch.rows] == batch.chunks
+        assert [texts[row] for row in batch.extra_rows] == batch.extra
         assert not worlds & extra
         hard += 11 in extra
     (batch,) = questions(settings, backbone)(0)  # nothing is near: all at random
