@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import BertConfig, BertModel, T5Gemma2Config, T5Gemma2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -153,7 +154,8 @@ def _whiten(backbone: Backbone, sample: Sequence[str]) -> None:
     torch.nn.init.eye_(linear.weight)
     torch.nn.init.zeros_(linear.bias)
     texts = sorted(backbone.tokenize(sample), key=len)
-    batches = (backbone.encode(texts[first : first + BATCH]) for first in range(0, len(texts), BATCH))
+    firsts = tqdm(range(0, len(texts), BATCH), desc="whitening", unit="batch", disable=None)
+    batches = (backbone.encode(texts[first : first + BATCH]) for first in firsts)
     found = moments((pool_all(states, POOLED) for states in batches), linear.in_features)
     matrix = whitening(found.covariance())
     matrix = matrix @ torch.linalg.qr(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
