@@ -1,7 +1,7 @@
 """Where each artifact of a configuration lies: the fingerprint of what makes it.
 
     dataset    data section, seed, digests of the input files, tokenizer
-    start      over a frozen encoder: the backbone before it is trained, by which the store is encoded
+    encoder    a frozen encoder, whitened by a sample of the pool: it encodes the store, whatever decoder is trained over it
     backbone   trained here: its recipe, the dataset, the seed, the encoding of a frozen encoder; otherwise the digest of the model's files
     store      its encoding (backbone, or a frozen encoder, pooled_length, what shapes the bytes of a shard), the pool's digest
     retriever  store, the questions' digest, the retriever section, the seed
@@ -33,7 +33,7 @@ from intra.store.format import FORMAT
 EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
 # The workflow; of others, evaluate.
-MADE_BY = {"dataset": "prepare", "start": "encode", "backbone": "warmstart", "store": "encode", "retriever": "train"}
+MADE_BY = {"dataset": "prepare", "encoder": "encode", "backbone": "warmstart", "store": "encode", "retriever": "train"}
 
 
 def _artifact(config: Config, kind: str, **parts: object) -> Artifact:
@@ -106,16 +106,16 @@ def encoder(config: Config) -> str:
     return fingerprint({"version": VERSION, "encoder": locate.encoder_digest(size.encoder), "sample": sample})
 
 
-def start(config: Config) -> Artifact:
-    """The backbone over a frozen encoder before it is trained: the model that encodes, and that the warm start begins with."""
-    return _artifact(config, "start", encoder=encoder(config), architecture=_architecture(config), seed=config.seed)
+def whitened(config: Config) -> Artifact:
+    """The frozen encoder, whitened: a model directory (intra.backbone.whitened)."""
+    return _artifact(config, "encoder", encoder=encoder(config))
 
 
 def model(config: Config) -> tuple[str, str | None]:
     """The directory, or the hub's name and revision, of the model that encodes."""
     if not config.backbone.train:
         return config.backbone.model, config.backbone.revision
-    return (start(config) if over_encoder(config) else backbone(config)).url, None
+    return (whitened(config) if over_encoder(config) else backbone(config)).url, None
 
 
 def _decoder(config: Config) -> dict[str, object]:

@@ -46,11 +46,12 @@ def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_
 
 
 def test_over_a_frozen_encoder_the_store_comes_before_the_backbone(config: Config) -> None:
-    """The start encodes: one for all recipes. What shapes the states that the warm start reads is part of the backbone."""
+    """The whitened encoder encodes, one for all decoders. What shapes the states that the warm start reads is part of the backbone."""
     other = changed(config, "backbone.warmstart.steps", 7)
-    assert lineage.model(config) == lineage.model(other) == (lineage.start(config).url, None)
+    assert lineage.model(config) == lineage.model(other) == (lineage.whitened(config).url, None)
     assert lineage.backbone(config).fingerprint != lineage.backbone(changed(config, "store.dtype", "int8")).fingerprint
-    assert lineage.start(config).fingerprint != lineage.start(changed(config, "backbone.architecture.decoder_layers", 3)).fingerprint
+    larger = changed(config, "backbone.architecture.decoder_layers", 3)
+    assert (lineage.model(larger), lineage.store(larger).url) == (lineage.model(config), lineage.store(config).url)
     assert nightly.steps(config) == ["prepare", "encode", "warmstart", "train", "evaluate"]
     with pytest.raises(UserError, match=r"store .* is missing .*workflows/encode\.py"):
         warmstart.run(config)

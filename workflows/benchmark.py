@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from intra import cli, lineage, storage, tracking
+from intra import cli, storage, tracking
 from intra.config import Config
 from intra.errors import UserError
 
@@ -26,15 +26,10 @@ Record = dict[str, Any]  # name (str), value (float), unit (str)
 
 def _encode(config: Config) -> list[Record]:
     from intra.store import benchmark
-    from workflows import encode, prepare, warmstart
-
-    def begin(varied: Config) -> None:
-        prepare.run(varied)
-        if lineage.over_encoder(varied):
-            warmstart.start(varied)
+    from workflows import encode, prepare
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would give every other program of the machine precedence
-    return benchmark.run(config, begin, encode.timed, encode.fitting)
+    return benchmark.run(config, prepare.run, encode.timed, encode.fitting)
 
 
 def _int8(config: Config) -> list[Record]:

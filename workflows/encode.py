@@ -4,10 +4,9 @@
     ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/encode.py --config configs/paper.yaml root=s3://bucket/run
 
 Needs the dataset (workflows/prepare.py) and, with backbone.train=true, the backbone (workflows/warmstart.py), unless its encoder is frozen:
-then the warm start reads this store. Cut off at any point, the same command redoes only the shards that are not committed. The store's
-bytes do not depend on `store.workers`.
-Of a pool that has changed only the new chunks are encoded. A shard that fails is tried again on another worker, then set aside while
-the rest goes on. --dry-run forecasts bytes, operations, hours and memory; --verify compares every byte with its checksum; --repair makes
+then the warm start reads this store. Cut off, the same command redoes only the shards that are not committed. `store.workers` changes no
+byte. Of a pool that has changed only new chunks are encoded. A shard that fails is tried again on another worker, then set aside while the
+rest goes on. --dry-run forecasts bytes, operations, hours and memory; --verify compares every byte with its checksum; --repair makes
 what is damaged again; --prune deletes what stores of older corpora with the same encoding do not share with this one.
 """
 
@@ -28,14 +27,13 @@ from tqdm import tqdm
 
 from intra import cli, cluster, lineage, storage
 from intra.artifact import Artifact
-from intra.backbone import locate
+from intra.backbone import locate, whitened
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.store import claim, forecast, planning, prune, verify
 from intra.store.forecast import size
 from intra.store.format import COMMIT, PLAN, POOLED, SCALE, SETTINGS, STATES, Commit, Shard, committed
 from intra.store.progress import Progress, peak_memory
-from workflows import warmstart
 
 WORKERS_A_LOADER = 8  # tokenising is light: one loader feeds many encoders
 LOADER_CPUS = 0.5
@@ -63,10 +61,8 @@ def plan(config: Config) -> Iterator[str]:
         return
     counts = dataset.manifest()
     found = forecast.forecast(config, counts["chunks"], counts["tokens"])
-    frozen = lineage.over_encoder(config)
-    waits = "" if frozen or not config.backbone.train or lineage.backbone(config).complete() else (
-        f"; waits for the backbone {lineage.backbone(config).url} (workflows/warmstart.py)"
-    )  # fmt: skip
+    backbone = _awaited(config)
+    waits = "" if backbone is None or backbone.complete() else f"; waits for the backbone {backbone.url} (workflows/warmstart.py)"
     store = lineage.store(config)
     if store.complete():
         yield f"encode: store {store.url} is complete ({counts['chunks']:,} chunks, {counts['tokens']:,} tokens)"
@@ -78,8 +74,8 @@ def plan(config: Config) -> Iterator[str]:
     commits = committed(store, made.shards)
     missing = len(made.shards) - len(commits)
     yield f"encode: store {store.url}{waits}"
-    if frozen and not lineage.start(config).complete():
-        yield f"  first the encoder is whitened, by {config.backbone.architecture.encoder_sample:,} chunks: {lineage.start(config).url}"
+    if lineage.over_encoder(config) and not lineage.whitened(config).complete():
+        yield f"  first the encoder is whitened, by {config.backbone.architecture.encoder_sample:,} chunks: {lineage.whitened(config).url}"
     if len(made.lent.rows):
         lent = f"  {len(made.lent.rows):,} of the {counts['chunks']:,} chunks are borrowed from complete stores of the same encoding"
         yield f"{lent} ({', '.join(made.bases)})"
@@ -182,11 +178,16 @@ def _complete(store: Artifact) -> bool:
     return True
 
 
+def _awaited(config: Config) -> Artifact | None:
+    """The backbone that has to be trained first; none where it is given, or reads this store in its training."""
+    return lineage.backbone(config) if config.backbone.train and not lineage.over_encoder(config) else None
+
+
 def _check(config: Config) -> None:
     """Raises UserError where the run cannot succeed, before anything starts."""
     _device(config)
-    if config.backbone.train and not lineage.over_encoder(config):
-        lineage.backbone(config).manifest()  # there, and complete
+    if (backbone := _awaited(config)) is not None:
+        backbone.manifest()  # there, and complete
 
 
 def _plan(config: Config, store: Artifact, dataset: Artifact, left_out: Sequence[str] = ()) -> planning.Plan:
@@ -226,7 +227,7 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
     found = forecast.forecast(config, len(made.fresh), made.fresh_tokens)
     forecast.check(config, found, _written(commits))
     if lineage.over_encoder(config):
-        warmstart.start(config)
+        whitened.make(config)
     # A trained backbone is an artifact below the root; any other is found by each machine for itself.
     model, revision = lineage.model(config)
     model = str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -31,11 +31,14 @@ STEPS: dict[str, Callable[[Config], Artifact]] = {
 }
 
 
+def order(config: Config) -> list[str]:
+    """All steps: over a frozen encoder the warm start reads the store."""
+    return ["prepare", "encode", "warmstart", "train", "evaluate"] if lineage.over_encoder(config) else list(STEPS)
+
+
 def steps(config: Config) -> list[str]:
-    """The steps this configuration has, in order: a warm start only where it trains a backbone; over a frozen encoder behind the store."""
-    if lineage.over_encoder(config):
-        return ["prepare", "encode", "warmstart", "train", "evaluate"]
-    return [name for name in STEPS if name != "warmstart" or config.backbone.train]
+    """The steps this configuration has: a warm start only where it trains a backbone."""
+    return [name for name in order(config) if name != "warmstart" or config.backbone.train]
 
 
 def first_open(config: Config) -> int:
@@ -49,8 +52,7 @@ def plan(config: Config) -> list[str]:
     """The plans of all steps, in order; of the first alone where it has files to fetch. Makes nothing."""
     if hub.missing(config.data):
         return [*prepare.plan(config), "the other steps have their plans once these files are there"]
-    names = steps(config) if config.backbone.train else list(STEPS)
-    return [line for name in names for line in importlib.import_module(f"workflows.{name}").plan(config)]
+    return [line for name in order(config) for line in importlib.import_module(f"workflows.{name}").plan(config)]
 
 
 def run(config: Config) -> str:

@@ -120,6 +120,18 @@ def build(architecture: ArchitectureConfig, words: Any, seed: int, sample: Seque
     return model
 
 
+def least(architecture: ArchitectureConfig) -> ArchitectureConfig:
+    """The least decoder over the same encoder, for a directory that is to encode alone."""
+    small = {"decoder_layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 2, "intermediate_size": 8, "matching_heads": 0}
+    return architecture.model_copy(update=small)
+
+
+def take(model: Adopted, other: Adopted) -> None:
+    """Gives a model the whitened encoder of another, and its words."""
+    model.get_encoder().load_state_dict(other.get_encoder().state_dict())
+    model.get_decoder().embed_tokens.load_state_dict(other.get_decoder().embed_tokens.state_dict())
+
+
 def freeze(model: Adopted) -> None:
     """What the warm start leaves as it is: the encoder, and the words, which are its states."""
     model.get_encoder().requires_grad_(False)

@@ -179,7 +179,12 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         """The encoder's states of the chunks, padded on the right: [C, N, d]. Of a frozen encoder, without a gradient."""
         if not self.backbone.frozen_encoder:
             return self.backbone.states(chunks).states
-        found = self._stored(rows) if self._stored is not None and rows else self.backbone.encode(chunks)
+        if self._stored is None:
+            found = self.backbone.encode(chunks)
+        else:
+            found = self._stored(rows)
+            if [len(states) for states in found] != [len(chunk) for chunk in chunks]:
+                raise ValueError("the stored states are not of the batch's chunks")
         return pad_sequence([states.to(self.backbone.device) for states in found], batch_first=True)
 
     def _echoed(self, batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from intra import lineage, storage
-from intra.backbone import locate
+from intra.backbone import locate, whitened
 from intra.config import Config, varied
 from intra.store import forecast, writer
 from intra.store.format import shards
@@ -67,7 +67,9 @@ def _measured(
     from intra.backbone.model import load
 
     prepare(config)
-    if config.backbone.train and not lineage.over_encoder(config):
+    if lineage.over_encoder(config):
+        whitened.make(config)
+    elif config.backbone.train:
         _random_weights(config)
     dataset = lineage.dataset(config)
     model, revision = lineage.model(config)

@@ -122,6 +122,10 @@ class ChunkStore:
             return [quantize.dequantize(values, scale, mu, sigma) for values, scale in self.quantized(chunk_ids)]
         return [stored.view(torch_dtype(self.dtype)).view(-1, self.hidden_size).float() for stored in self._stored(chunk_ids)]
 
+    def states_of(self, rows: Sequence[int]) -> list[Tensor]:
+        """As `states`, of chunks given by their rows."""
+        return self.states([self.chunk_ids[row] for row in rows])
+
     def quantized(self, chunk_ids: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """The states as an int8 store keeps them: (x int8 [n_tokens, d], s fp32 [n_tokens]) of each chunk; state = mu + sigma * s * x.
 

@@ -160,6 +160,9 @@ def test_the_states_of_a_pools_chunks_are_those_of_its_store(adopted_folder: Pat
     assert sorted(read) == sorted(texts)
     for name, value in live.items():
         assert torch.allclose(value, found[name], rtol=0.02, atol=1e-3), name
+    other, _, _ = losses(adopted_folder, lambda rows: [states[:-1] for states in stored(rows)])
+    with pytest.raises(ValueError, match="stored states are not of the batch's chunks"):
+        other(batch)
     turned, _, _ = losses(adopted_folder, lambda rows: [-states for states in stored(rows)])
     assert not torch.allclose(turned(batch)["retrieval"], live["retrieval"], rtol=0.05)
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from intra import lineage, storage, tracking
-from intra.backbone import curriculum, locate, model, tiny
+from intra.backbone import card, curriculum, locate, model, tiny
 from intra.backbone import warmstart as training
 from intra.config import ArchitectureConfig, Config, LossConfig, load
 from intra.data import synthetic
@@ -157,9 +157,9 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(config: Config, 
     assert [item.step for item in client.get_metric_history(last, "stage")] == steps  # the last run has all of it
     assert {"curve.parquet", "curve.png"} <= {item.path for item in client.list_artifacts(last)}
 
-    card = storage.read_bytes(artifact.path("README.md")).decode()
-    assert "not** pretrained only for generation" in card
-    assert "| synthetic/bridge |" in card
+    text = storage.read_bytes(artifact.path("README.md")).decode()
+    assert "not** pretrained only for generation" in text
+    assert "| synthetic/bridge |" in text
     assert len(backbone.answer(backbone.prompt_ids(["Who?"]), backbone.pack([backbone.encode(backbone.tokenize(["Ada."]))]), 3)) == 1
     assert warmstart.run(config) == artifact.url  # complete: at once
     assert "is complete" in warmstart.plan(config)[0]
@@ -171,10 +171,10 @@ def test_the_curve_is_not_part_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     before = locate.digest(str(tmp_path))
     rows = [{"run": "r", "step": 1, "stage": 1.0, "total": 2.0}, {"run": "r", "step": 2, "stage": 2.0, "total": 1.0, "hop": 0.5}]
-    (tmp_path / "curve.png").write_bytes(warmstart._figure(rows, {0: "reading", 1: "joint"}))
+    (tmp_path / "curve.png").write_bytes(card.figure(rows, {0: "reading", 1: "joint"}))
     (tmp_path / "curve.parquet").write_bytes(b"curve")
     assert locate.digest(str(tmp_path)) == before
-    assert warmstart._curve(rows, ["reading", "joint"]).to_pylist() == [
+    assert card.curve(rows, ["reading", "joint"]).to_pylist() == [
         {"step": 1, "stage": 1, "stage_name": "reading", "total": 2.0, "hop": None},
         {"step": 2, "stage": 2, "stage_name": "joint", "total": 1.0, "hop": 0.5},
     ]
@@ -201,10 +201,10 @@ def test_a_terminal_sees_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_card_of_a_backbone_that_learnt_no_answers_says_so(config: Config) -> None:
     recipe = config.backbone.warmstart.model_copy(update={"losses": LossConfig(answer=0, retrieval=1), "stages": None})
     retrieves = config.model_copy(update={"backbone": config.backbone.model_copy(update={"warmstart": recipe})})
-    card = warmstart._card(retrieves, lineage.dataset(config), 1000, 60.0, {"retrieval": 1.5}, {})
-    assert "Trained to retrieve alone: its decoder's queries" in card
-    assert "**not** trained to answer" in card
-    assert "exact match" not in card
+    text = card.card(retrieves, lineage.dataset(config), 1000, 60.0, {"retrieval": 1.5}, {})
+    assert "Trained to retrieve alone: its decoder's queries" in text
+    assert "**not** trained to answer" in text
+    assert "exact match" not in text
 
 
 def test_losses_that_train_nothing_are_refused(tmp_path: Path) -> None:
