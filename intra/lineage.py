@@ -70,7 +70,7 @@ def backbone(config: Config) -> Artifact:
         mark = locate.digest(config.backbone.model, config.backbone.revision)
         return Artifact("backbone", str(locate.resolve(config.backbone.model, config.backbone.revision)), mark, "warmstart")
     source = dataset(config)
-    recipe = config.backbone.warmstart.model_dump(exclude={"checkpoint_every", "workers"})
+    recipe = config.backbone.warmstart.model_dump(exclude={"checkpoint_every", "workers", "gpus_per_worker"})
     start: object = _architecture(config) if from_scratch(config) else locate.digest(config.backbone.model, config.backbone.revision)
     return _artifact(
         config,

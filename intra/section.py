@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # Defaults are validated as values are: what is written out and what is left out then give one dump, and one fingerprint.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
 
 def merged(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

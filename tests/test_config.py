@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def write(folder: Path, text: str) -> Path:
 def test_shipped_configurations_load(path: Path) -> None:
     config = configuration.load(path, ["data.path=somewhere"])
     assert config.tracking.experiment == path.stem
+    written = config.model_dump()  # a worker is sent it, and its fingerprints are the driver's
+    assert json.dumps(configuration.parse(written).model_dump()) == json.dumps(written)
 
 
 def test_names_and_defaults_that_users_rely_on(tmp_path: Path) -> None:

@@ -45,6 +45,13 @@ def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_
     assert lineage.ranking(config, "bm25").fingerprint == lineage.ranking(other, "bm25").fingerprint
 
 
+@pytest.mark.parametrize(("path", "value"), [("backbone.warmstart.gpus_per_worker", 1), ("store.dtype", "bfloat16")])
+def test_what_shapes_no_weights_leaves_the_backbones_name(config: Config, path: str, value: object) -> None:
+    """Nor does it matter whether a default is written out."""
+    assert config.store.dtype == "bfloat16"
+    assert lineage.backbone(config).fingerprint == lineage.backbone(changed(config, path, value)).fingerprint
+
+
 def test_over_a_frozen_encoder_the_store_comes_before_the_backbone(config: Config) -> None:
     """The whitened encoder encodes, one for all decoders. What shapes the states that the warm start reads is part of the backbone."""
     other = changed(config, "backbone.warmstart.steps", 7)
