@@ -6,6 +6,7 @@ searched by an inverted file instead (`ivf`): all its vectors in memory, and a r
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,8 @@ from intra.method import Ranking, Rankings, ordered
 _SPARE = 16  # candidates beyond k: more than rounding may reorder
 _SAMPLE = 64  # texts a cell of an inverted file, on which the cells are found
 _QUESTIONS_AT_ONCE = 64  # of an inverted file: their candidates' vectors are in memory
-_TEXTS_AT_ONCE = 256  # of late interaction: their vectors in float32, padded
+_PRODUCTS = 2**18  # of late interaction: what is kept at once stays in a processor's cache
+_LEAST = 16  # rows and columns: a product's bits depend on what stands beside them where there are fewer
 
 
 class _Vectors(ABC):
@@ -180,11 +182,7 @@ class Late(_Vectors):
     def _best(self, queries: Sequence[Floats], block: Block, k: int) -> Iterator[tuple[list[int], list[float]]]:
         import torch
 
-        parts = [
-            self._maxsim(queries, block, range(len(block))[first : first + _TEXTS_AT_ONCE])
-            for first in range(0, len(block), _TEXTS_AT_ONCE)
-        ]
-        scores = torch.cat(parts, dim=1)
+        scores = torch.from_numpy(self._maxsim(queries, block, range(len(block))))
         wanted = min(k, len(block))
         for row, kth in zip(scores, scores.topk(wanted, dim=1).values[:, -1], strict=True):
             rows = torch.nonzero(row >= kth)[:, 0]
@@ -194,13 +192,26 @@ class Late(_Vectors):
         found: list[float] = self._maxsim([query], block, rows)[0].tolist()
         return found
 
-    def _maxsim(self, queries: Sequence[Floats], block: Block, rows: Sequence[int]) -> Any:
-        """[questions, texts], float32."""
+    def _maxsim(self, queries: Sequence[Floats], block: Block, rows: Sequence[int]) -> Floats:
+        """[questions, texts], float32. One product a text with all questions' tokens: nothing is padded but what is shorter than _LEAST."""
         import torch
-        from sentence_transformers.util.similarity import maxsim
 
-        texts = [torch.from_numpy(block.of(row)) for row in rows]
-        return maxsim([torch.from_numpy(query) for query in queries], texts)
+        device = self._corpus.encoder.model.device
+        starts = np.cumsum([0, *(len(query) for query in queries[:-1])])
+        tokens = np.concatenate(queries)
+        asked = torch.from_numpy(_repeated(tokens)).to(device)
+        found = np.empty((len(queries), len(rows)), np.float32)
+        for place, row in enumerate(rows):
+            text = torch.from_numpy(_repeated(block.of(row))).to(device)
+            parts = asked.tensor_split(min(math.ceil(len(asked) * len(text) / _PRODUCTS), len(asked) // _LEAST))
+            best = torch.cat([(text @ part.T).amax(dim=0) for part in parts]).cpu().numpy()
+            found[:, place] = np.add.reduceat(best[: len(tokens)], starts)
+        return found
+
+
+def _repeated(vectors: Floats) -> Floats:
+    """At least _LEAST vectors, some of them repeated, which changes no maximum."""
+    return vectors if len(vectors) >= _LEAST else np.resize(vectors, (_LEAST, vectors.shape[1]))
 
 
 def _faiss() -> Any:

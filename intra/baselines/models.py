@@ -121,7 +121,7 @@ class Late:
         """Raises UserError: sentence-transformers is not installed, or the files hold no projection that was trained."""
         place = folder(name, settings)
         library = sentence_transformers(name, threads)
-        self._settings = settings
+        self._name, self._settings = name, settings
         if settings.projection:
             _check_projection(name, place)
             with quiet():
@@ -159,6 +159,9 @@ class Late:
 
     def _encode(self, encode: Any, texts: Sequence[str]) -> list[Floats]:
         found = encode(list(texts), batch_size=self._settings.batch_size, show_progress_bar=False)
+        empty = next((text for text, vectors in zip(texts, found, strict=True) if not len(vectors)), None)
+        if empty is not None:
+            raise WorkflowError(f"method {self._name}: the model gives no vector for '{empty[:60]}'; choose another model")
         return [vectors.float().cpu().numpy() for vectors in found]
 
 

@@ -19,9 +19,9 @@ import yaml
 from intra import config as configuration
 from intra.artifact import Artifact
 from intra.baselines import dense, models, wrappers
-from intra.baselines.corpus import Corpus
+from intra.baselines.corpus import Block, Corpus
 from intra.data.schema import Pool, Question
-from intra.errors import UserError
+from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import CODE_OF, MODELS, CrossConfig, DenseConfig, LateConfig
 from intra.method import Ranking, check
 
@@ -78,6 +78,37 @@ def test_an_encoder_without_a_projection_is_no_late_interaction_model(bert: Path
     chosen = LateConfig(kind="late", model=str(bert), max_length=12)
     with pytest.raises(UserError, match=r"holds no projection trained for late interaction; .* projection=false"):
         models.Late("tiny", chosen, "cpu", 1)
+
+
+def test_a_text_without_a_vector_is_named(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model = models.Late("tiny", LateConfig(kind="late", model=str(bert), max_length=12, projection=False), "cpu", 1)
+    monkeypatch.setattr(model.model, "encode_document", lambda texts, **_: [torch.ones(3, 4), torch.ones(0, 4)])
+    with pytest.raises(WorkflowError, match="method tiny: the model gives no vector for 'two'"):
+        model.passages(["one", "two"])
+
+
+@pytest.mark.parametrize("products", [1, 100, 10**6])
+def test_maxsim_has_the_same_bits_whatever_stands_beside(
+    pool: Pool, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: int
+) -> None:
+    """Questions and texts of one token and of many, by themselves and together, in parts of any size: each its own sum of maxima."""
+    generator = np.random.default_rng(0)
+
+    def vectors(*lengths: int) -> list[models.Floats]:
+        return [generator.standard_normal((length, 48), dtype=np.float32) for length in lengths]
+
+    method, queries, texts = late(tmp_path, bert, projection=False), vectors(1, 40, 3, 16, 90), vectors(1, 2, 200, 15, 16, 17)
+    method.index(pool)
+    block = Block(0, np.concatenate(texts), [0, *np.cumsum([len(text) for text in texts]).tolist()], 0)
+    together = method._maxsim(queries, block, range(6))
+    expected = [[(text.astype(float) @ query.T).max(axis=0).sum() for text in texts] for query in queries]
+    assert together == pytest.approx(np.array(expected), abs=1e-4)
+    monkeypatch.setattr(dense, "_PRODUCTS", products)
+    for row, query in zip(together, queries, strict=True):
+        assert method._maxsim([query], block, [5, 0, 3])[0].tolist() == row[[5, 0, 3]].tolist()
+    assert (method._maxsim(queries, block, range(6)) == together).all()
 
 
 def test_query_expansion_has_the_length_of_the_table(tmp_path: Path, colbert: Path) -> None:
