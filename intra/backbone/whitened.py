@@ -12,6 +12,8 @@ from intra.config import Config
 
 def make(config: Config) -> str:
     """Makes the artifact where it is not complete. Returns its URL. Raises what `adopted.build` raises."""
+    import torch
+
     from intra.backbone import adopted, curriculum, locate, tiny
     from intra.data.chunking import chunk_text
     from intra.data.schema import read_pool
@@ -25,8 +27,14 @@ def make(config: Config) -> str:
     print(f"encoder: '{architecture.encoder}' is whitened by {len(rows):,} chunks", file=sys.stderr)
     sample = [chunk_text(pool.titles[row], pool.texts[row], config.data.template) for row in rows]
     tokenizer = locate.load_tokenizer(dataset.path("tokenizer"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.backbone.warmstart.threads)  # not as many as this machine has: sums may depend on it
+    try:
+        built = adopted.build(adopted.least(architecture), tokenizer, config.seed, sample)
+    finally:
+        torch.set_num_threads(before)
     with tempfile.TemporaryDirectory() as temporary:
-        tiny.save(adopted.build(adopted.least(architecture), tokenizer, config.seed, sample), tokenizer, temporary)
+        tiny.save(built, tokenizer, temporary)
         storage.upload(temporary, artifact.url)
     artifact.finish({"dataset": dataset.fingerprint, "encoder": architecture.encoder, "sample": len(rows)})
     return artifact.url

@@ -66,3 +66,12 @@ def test_it_is_made_once_and_again_where_it_was_deleted(config: Config, capsys: 
     shutil.rmtree(url)
     assert whitened.make(config) == url
     assert (Path(url) / "model.safetensors").read_bytes() == before
+
+
+def test_it_takes_the_threads_of_the_configuration(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, seen, before = adopted.build, [], torch.get_num_threads()
+    monkeypatch.setattr(adopted, "build", lambda *arguments: seen.append(torch.get_num_threads()) or built(*arguments))
+    values = config.model_dump()
+    values["backbone"]["warmstart"]["threads"] = before + 1
+    whitened.make(parse(values))
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
