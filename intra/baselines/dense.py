@@ -24,7 +24,6 @@ _SPARE = 16  # candidates beyond k: more than rounding may reorder
 _SAMPLE = 64  # texts a cell of an inverted file, on which the cells are found
 _QUESTIONS_AT_ONCE = 64  # of an inverted file: their candidates' vectors are in memory
 _PRODUCTS = 2**18  # of late interaction: what is kept at once stays in a processor's cache
-_LEAST = 16  # rows and columns: a product's bits depend on what stands beside them where there are fewer
 
 
 class _Vectors(ABC):
@@ -193,25 +192,29 @@ class Late(_Vectors):
         return found
 
     def _maxsim(self, queries: Sequence[Floats], block: Block, rows: Sequence[int]) -> Floats:
-        """[questions, texts], float32. One product a text with all questions' tokens: nothing is padded but what is shorter than _LEAST."""
+        """[questions, texts], float32. One product a text with all questions' tokens; what is shorter than `scorers.WIDE` is padded."""
         import torch
+
+        from intra.retrieval.scorers import WIDE
+        from intra.retrieval.scoring import GPU_BLOCK
 
         device = self._corpus.encoder.model.device
         starts = np.cumsum([0, *(len(query) for query in queries[:-1])])
         tokens = np.concatenate(queries)
-        asked = torch.from_numpy(_repeated(tokens)).to(device)
+        asked = torch.from_numpy(_repeated(tokens, WIDE)).to(device)
+        products = GPU_BLOCK if asked.is_cuda else _PRODUCTS
         found = np.empty((len(queries), len(rows)), np.float32)
         for place, row in enumerate(rows):
-            text = torch.from_numpy(_repeated(block.of(row))).to(device)
-            parts = asked.tensor_split(min(math.ceil(len(asked) * len(text) / _PRODUCTS), len(asked) // _LEAST))
+            text = torch.from_numpy(_repeated(block.of(row), WIDE)).to(device)
+            parts = asked.tensor_split(min(math.ceil(len(asked) * len(text) / products), len(asked) // WIDE))
             best = torch.cat([(text @ part.T).amax(dim=0) for part in parts]).cpu().numpy()
             found[:, place] = np.add.reduceat(best[: len(tokens)], starts)
         return found
 
 
-def _repeated(vectors: Floats) -> Floats:
-    """At least _LEAST vectors, some of them repeated, which changes no maximum."""
-    return vectors if len(vectors) >= _LEAST else np.resize(vectors, (_LEAST, vectors.shape[1]))
+def _repeated(vectors: Floats, least: int) -> Floats:
+    """At least so many vectors, some of them repeated, which changes no maximum."""
+    return vectors if len(vectors) >= least else np.resize(vectors, (least, vectors.shape[1]))
 
 
 def _faiss() -> Any:
