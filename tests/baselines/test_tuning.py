@@ -70,6 +70,14 @@ def test_it_learns_and_goes_on_to_the_same_weights(bert: Path, pool: Pool, tmp_p
         assert storage.read_bytes(again.path(name)) == storage.read_bytes(artifact.path(name))
 
 
+def test_vectors_stand_in_the_order_of_their_texts(bert: Path, pool: Pool) -> None:
+    one = tuner(bert, pool, examples_of(pool))
+    one.model.eval()  # no dropout
+    texts = [*sentences(40, 3), "moon", " ".join(sentences(3, 1))]
+    one_by_one = np.concatenate(models.Dense("tiny", dense(bert), "cpu", 1).questions(texts))
+    assert one._vectors(texts).detach().numpy() == pytest.approx(one_by_one, abs=1e-5)
+
+
 def test_every_weight_moves_and_a_broken_loss_stops(bert: Path, pool: Pool) -> None:
     one = tuner(bert, pool, examples_of(pool))
     before = {name: weight.clone() for name, weight in one.model.named_parameters()}
