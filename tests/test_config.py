@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from intra import config as configuration
 from intra.errors import UserError
@@ -23,6 +24,18 @@ def test_shipped_configurations_load(path: Path) -> None:
     assert config.tracking.experiment == path.stem
     written = config.model_dump()  # a worker is sent it, and its fingerprints are the driver's
     assert json.dumps(configuration.parse(written).model_dump()) == json.dumps(written)
+
+
+def test_the_scheduled_night_is_a_configuration_that_finds_everything_on_the_cluster() -> None:
+    here = Path(__file__).parent.parent
+    job = yaml.safe_load((here / "infra" / "nightly.yaml").read_text())
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    python, script, named, *overrides = container["args"]
+    assert python == "python"
+    assert (here / script).is_file()
+    config = configuration.load(here / named.removeprefix("--config="), overrides)
+    assert (config.root, config.data.path) == ("s3://BUCKET/nightly", "s3://BUCKET/data")  # no worker sees a folder of the driver's
+    assert config.tracking.uri is not None
 
 
 def test_names_and_defaults_that_users_rely_on(tmp_path: Path) -> None:
