@@ -42,6 +42,7 @@ _METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch
 _PARAMS_A_BATCH = 100
 _VALUE_LENGTH = 6000
 _DIGEST_LENGTH = 36
+COMMIT = "INTRA_COMMIT"  # the variable that names the commit of code without a repository
 
 _current: ContextVar[Run | None] = ContextVar("run", default=None)
 
@@ -139,7 +140,7 @@ class Run:
 def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterator[Run]:
     """The MLflow run of a workflow step, below the run that is open already, if any; ended FAILED where the step raises.
 
-    Tags: `step`, `commit` (git, or "unknown"; `changed` where files differ from it), `device`, `software`, and `fingerprint` and
+    Tags: `step`, `commit` (see there; `changed` where files differ from it), `device`, `software`, and `fingerprint` and
     `artifact` of what the step makes. The resolved configuration is logged as parameters and as `config.json`.
     Raises WorkflowError where the tracking store cannot be reached.
     """
@@ -210,24 +211,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The git commit of this code, or "unknown" outside a repository."""
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return result.stdout.strip()
+    """The git commit of this code; where it has no repository, as in an image or a job's working directory, what INTRA_COMMIT says, else
+    "unknown"."""
+    return (_git("rev-parse", "HEAD") or os.environ.get(COMMIT) or "unknown").strip()
 
 
 def changed() -> str:
     """Whether files of the code differ from `commit`: "yes", "no", or "unknown" outside a repository."""
+    found = _git("status", "--porcelain", "--untracked-files=no")
+    return "unknown" if found is None else "yes" if found.strip() else "no"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the repository that holds this code; None where none does: another's around an installed copy is not asked."""
+    here = Path(__file__)
     try:
-        command = ["git", "status", "--porcelain", "--untracked-files=no"]
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True).stdout
+        for command in (["ls-files", "--error-unmatch", here.name], arguments):
+            found = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return "yes" if found.strip() else "no"
+        return None
+    return found
 
 
 @functools.cache

@@ -30,7 +30,8 @@ def test_the_scheduled_night_is_a_configuration_that_finds_everything_on_the_clu
     here = Path(__file__).parent.parent
     job = yaml.safe_load((here / "infra" / "nightly.yaml").read_text())
     (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    python, script, named, *overrides = container["args"]
+    runtime, _, python, script, named, *overrides = container["args"]
+    assert json.loads(runtime.removeprefix("--runtime-env-json="))["env_vars"] == {"INTRA_COMMIT": "TAG"}
     assert python == "python"
     assert (here / script).is_file()
     config = configuration.load(here / named.removeprefix("--config="), overrides)

@@ -94,6 +94,20 @@ def test_what_identifies_a_run(config: Config) -> None:
     assert re.search(r"python 3\.\d+\.\d+, torch \d", tags["software"])
 
 
+def test_the_commit_of_code_without_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tracking.py").write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "another project's"], check=True)
+    monkeypatch.delenv("INTRA_COMMIT", raising=False)
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))  # an installed copy inside it
+    assert (tracking.commit(), tracking.changed()) == ("unknown", "unknown")
+    monkeypatch.setenv("INTRA_COMMIT", "0123abc")
+    assert tracking.commit() == "0123abc"
+    subprocess.run([*git, "add", "tracking.py"], check=True)
+    assert (len(tracking.commit()), tracking.changed()) == (40, "yes")
+
+
 def test_the_machines_load_is_logged_while_a_step_makes_something(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     artifact = Artifact("store", "/data/store/ab", "ab", "encode")
