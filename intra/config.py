@@ -231,6 +231,7 @@ class SearchConfig(Section):
     candidates: int = Field(200, ge=1, description="chunks a question that int8 and cascade score exactly")
     heads: float = Field(1.0, gt=0, le=1, description="share of the heads' |alpha| times spread, squared, that int8 scans by")
     recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or a safer scorer follows")
+    rescore: int = Field(0, ge=0, description="the best so many by their pooled vectors are scored again by all their token states")
     in_memory: bool = Field(False, description="pooled vectors are kept in memory, not read again for each batch of questions")
     workers: int = Field(0, ge=0, description="Ray actors that hold the pooled vectors in their memory; 0: this process alone")
     parts: int | None = Field(None, ge=1, description="ranges of the pool that the workers share; null: as many as workers")
@@ -260,6 +261,8 @@ class RetrieverConfig(Section):
             raise ValueError("retriever.answer_initial must not exceed retriever.answer_size")
         if self.scoring == "mixed" and self.search.scorer not in ("exact", "auto"):
             raise ValueError(f"retriever.search.scorer={self.search.scorer} does not serve retriever.scoring=mixed; take exact")
+        if self.search.scorer == "paper" and self.search.rescore:
+            raise ValueError("retriever.search.rescore is by the exact score; with retriever.search.scorer=paper set it to 0")
         return self
 
 

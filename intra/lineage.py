@@ -249,7 +249,8 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
         search = config.retriever.search
         scan = [search.scorer, search.candidates, search.recall, search.heads] if search.scorer not in EXACT and name != "maxsim" else []
-        return [marks.store, marks.retriever, config.backbone.prompt, answer, *scan]
+        again = [{"rescore": search.rescore}] if search.rescore and name != "maxsim" else []
+        return [marks.store, marks.retriever, config.backbone.prompt, answer, *scan, *again]
     return [config.evaluate.bm25.model_dump()] if name == "bm25" else [config.seed] if name in ("random", "oracle") else []
 
 

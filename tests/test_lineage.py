@@ -45,6 +45,13 @@ def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_
     assert lineage.ranking(config, "bm25").fingerprint == lineage.ranking(other, "bm25").fingerprint
 
 
+def test_chunks_scored_again_make_another_ranking_of_the_same_retriever(config: Config) -> None:
+    other = changed(config, "retriever.search.rescore", 50)
+    assert lineage.retriever(config) == lineage.retriever(other)
+    for name, same in (("intra", False), ("s0_reranked", False), ("maxsim", True), ("bm25", True)):
+        assert (lineage.ranking(config, name) == lineage.ranking(other, name)) == same
+
+
 @pytest.mark.parametrize(("path", "value"), [("backbone.warmstart.gpus_per_worker", 1), ("store.dtype", "bfloat16")])
 def test_what_shapes_no_weights_leaves_the_backbones_name(config: Config, path: str, value: object) -> None:
     """Nor does it matter whether a default is written out."""

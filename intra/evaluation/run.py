@@ -301,15 +301,15 @@ class Searches:
         backbone, settings, chunks = self.parts.backbone, self.parts.retriever.settings, len(self.pool)
         if name == "maxsim":
             return cost.initial(backbone, self.questions, chunks, settings.pooled_length)
-        echoed = cost.echoed(backbone, self.questions)
-        read = cost.retrieval_pass(backbone, self.questions, settings, sum(self.pool.table["n_tokens"].to_pylist()) / chunks, echoed)
+        echoed, tokens = cost.echoed(backbone, self.questions), sum(self.pool.table["n_tokens"].to_pylist()) / chunks
+        read = cost.retrieval_pass(backbone, self.questions, settings, tokens, echoed)
         batch = self.parts.config.retriever.query_batch
         # A mixture's normalisers take a scan of the pool of their own.
         scans = (name == "intra") + (settings.scoring == "mixture")
-        context = settings.initial_context if name == "s0_reranked" else 0
-        return read + sum(
-            cost.scoring(backbone, settings, scored, batch, times, echoed) for scored, times in ((chunks, scans), (context, 1))
-        )
+        context, again = settings.initial_context if name == "s0_reranked" else 0, self.parts.config.retriever.search.rescore
+        scored = read + sum(cost.scoring(backbone, settings, many, batch, times, echoed) for many, times in ((chunks, scans), (context, 1)))
+        # Some again by their token states: as many vectors as so many more chunks have. What is kept of their keys is not counted.
+        return scored + cost.scoring(backbone, settings, again * tokens / settings.pooled_length, 1, 1, echoed)
 
 
 def _reader(parts: Parts, pool: Pool) -> Reader:

@@ -14,6 +14,10 @@ the next safer one takes over (cascade, then int8 on a CPU, then exact), and a l
 
 A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, `corrected` by the
 candidates' exact components.
+
+`retriever.search.rescore` scores the best so many of these (at least as many as are asked for) again, by the keys of all their token states
+instead of the pooled vectors: what the decoder's own attention compares its queries with. The normalisers are `corrected` by them in
+the same way.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ DEPTH = 20  # of the ranking that is compared where none was asked for
 AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
 AUTO_BATCH = 4  # questions: from so many on the keys of a tile are shared by enough, and a GPU needs no approximation
 _SCANS = {"cascade": Form("linear"), "int8": Form("int8")}
+Rescorer = Callable[[Ask, Sequence[Sequence[int]]], list[Tensor]]  # `pools.Tokens`: components of each question for rows of its own
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,23 @@ def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Fo
     return Found(pairs, normalisers)
 
 
+def rescored(pool: Pool, ask: Ask, found: Found, k: int, depth: int, tokens: Rescorer) -> Found:
+    """The best k of the chunks that were found, `depth` or more a question, by all of their token states."""
+    rows = [[row for row, _ in mine] for mine in found.pairs]
+    z = tokens(ask, rows)
+    if found.normalisers is None:
+        scores, normalisers = [each[0] for each in z], None
+    else:
+        first = torch.stack(pool.components(ask, Form(), [mine[:depth] for mine in rows]))
+        normalisers = corrected(found.normalisers.cpu(), first, torch.stack([each[:, :depth].cpu() for each in z]))
+        scores = [scoring.log_mixture(each.cpu()[None], mine[None])[0].float() for each, mine in zip(z, normalisers, strict=True)]
+    pairs = [
+        sorted(zip(mine, each.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
+        for mine, each in zip(rows, scores, strict=True)
+    ]
+    return Found(pairs, normalisers)
+
+
 def corrected(sums: Tensor, rough: Tensor, true: Tensor) -> Tensor:
     """Normalisers [B, C] of a scan, moved by what its candidates' sum moves from their rough components [B, C, m] to the true ones.
 
@@ -96,10 +118,16 @@ class Searcher:
     """Finds the best chunks of a pool for batches of questions. Remembers which scorer has passed its check."""
 
     def __init__(
-        self, pool: Pool, settings: SearchConfig, device: torch.device | str = "cpu", sample: Callable[[Ask], Form] | None = None
-    ) -> None:
-        """`sample` chooses the heads of the integer scan by the first questions (`pruned`)."""
-        self.pool, self.settings, self._sample = pool, settings, sample
+        self, pool: Pool, settings: SearchConfig, device: torch.device | str = "cpu", sample: Callable[[Ask], Form] | None = None,
+        tokens: Rescorer | None = None,
+    ) -> None:  # fmt: skip
+        """`sample` chooses the heads of the integer scan by the first questions (`pruned`); `tokens` is for `settings.rescore`.
+
+        Raises ValueError where it is wanted and not given.
+        """
+        if settings.rescore and tokens is None:
+            raise ValueError("retriever.search.rescore needs the store's token states")
+        self.pool, self.settings, self._sample, self._tokens = pool, settings, sample, tokens
         self._forms: dict[str, Form] = {}
         self._cuda = torch.device(device).type == "cuda"
         self._fallen: str | None = None  # to which scorer
@@ -107,16 +135,23 @@ class Searcher:
 
     def find(self, ask: Ask, k: int) -> Found:
         """Raises UserError where the scorer does not serve the scoring or the device."""
+        again = self.settings.rescore
+        if not again or self._tokens is None:
+            return self._by_pooled(ask, k, k)
+        return rescored(self.pool, ask, self._by_pooled(ask, max(k, again), k), k, again, self._tokens)
+
+    def _by_pooled(self, ask: Ask, depth: int, k: int) -> Found:
+        """The best `depth` by pooled vectors; an approximate scorer is checked on the first k of them."""
         name = self.scorer(ask)
         if name not in _SCANS:
-            return exact(self.pool, ask, k, Form(name))
+            return exact(self.pool, ask, depth, Form(name))
         while name in _SCANS:
-            found = approximate(self.pool, ask, k, self._form(name, ask), self.settings.candidates)
+            found = approximate(self.pool, ask, depth, self._form(name, ask), self.settings.candidates)
             if self._seen >= CHECKED:
                 return found
-            truth = exact(self.pool, ask, k)
+            truth = exact(self.pool, ask, depth)
             self._seen += len(ask)
-            self._kept += len(ask) * recall(truth.pairs, found.pairs)
+            self._kept += len(ask) * recall([mine[:k] for mine in truth.pairs], [mine[:k] for mine in found.pairs])
             if self._kept / self._seen >= self.settings.recall:
                 return found
             safer = "int8" if name == "cascade" and not self._cuda else "exact"
@@ -137,13 +172,15 @@ class Searcher:
 
     def components(self, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Exact components of each question for rows of its own (in the paper's form where that is configured): [C, n_b]."""
+        if self.settings.rescore and self._tokens is not None:
+            return [each.cpu() for each in self._tokens(ask, rows)]
         name = self.settings.scorer
         return self.pool.components(ask, Form("exact" if name in _SCANS or name == "auto" else name), rows)
 
     def normalisers(self, ask: Ask) -> Tensor | None:
         """[B, C] of a mixture, as `find` takes them."""
         name = self.scorer(ask)
-        return self.find(ask, DEPTH).normalisers if name in _SCANS else self.pool.log_sums(ask, Form(name))
+        return self.find(ask, DEPTH).normalisers if name in _SCANS or self.settings.rescore else self.pool.log_sums(ask, Form(name))
 
     def scorer(self, ask: Ask) -> str:
         """The scorer for such a batch, by the rule above."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from intra.retrieval.retriever import Retriever
 
 
+LENGTHS = 32  # tokens: chunks whose lengths lie between the same multiples are scored together
+SCALARS = 256 * 2**20  # bytes of scalars that are kept of chunks scored by their token states
 MANY = 32  # one row in so many: from there on reading all tiles takes less than reading rows
 
 
@@ -160,6 +162,51 @@ def components(ask: Ask, keys: Keys, form: Form, chosen: Tile, places: Sequence[
         scorer = ask.part(question).scorer(keys, form)
         found.append(scorer(Tile(pooled[mine]))[0].cpu() if mine else torch.empty(1, 0))
     return found
+
+
+class Tokens:
+    """Components of chunks by all their token states, in place of the pooled vectors.
+
+    `states_of` reads the states of rows of the pool, [n_tokens, d] each. Chunks of like length are scored together; a shorter one is filled
+    up with its own states again, which changes no maximum. What a chunk's keys cost is paid once: their scalars are kept, in SCALARS bytes
+    at most, and queries go against the states themselves (`reverse`). Memory beside that: one question's chunks.
+    """
+
+    def __init__(self, keys: Keys, states_of: Callable[[Sequence[int]], list[Tensor]]) -> None:
+        self._keys, self._states_of = keys, states_of
+        self._scalars: dict[int, Tensor] = {}  # [L, G, P] of a row, filled up
+        self._room = SCALARS
+
+    def __call__(self, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Of each question for chunks given by rows of the pool: [C, n_b] float32."""
+        found = []
+        for question, mine in enumerate(rows):
+            states = self._states_of(mine)
+            sizes = [-(-len(each) // LENGTHS) * LENGTHS for each in states]
+            z = torch.empty(1, 0)
+            for size in sorted(set(sizes)):
+                places = [place for place, each in enumerate(sizes) if each == size]
+                filled = torch.stack([states[place][torch.arange(size) % len(states[place])] for place in places])
+                tile = self._tile(filled.to(self._keys.projections.device), [mine[place] for place in places], ask.kind)
+                part = components(ask.part(question), self._keys, Form(), tile, [range(len(places))])[0]
+                z = z if z.numel() else part.new_empty(len(part), len(mine))
+                z[:, places] = part
+            found.append(z)
+        return found
+
+    def _tile(self, filled: Tensor, rows: Sequence[int], kind: str) -> Tile:
+        if kind == "mixed" or self._keys.biases is not None:
+            return Tile(filled)
+        known = [self._scalars.get(row) for row in rows]
+        missing = [place for place, each in enumerate(known) if each is None]
+        if missing:
+            for place, each in zip(missing, self._keys.scalars(filled[missing]).unbind(2), strict=True):
+                known[place] = each
+                size = each.numel() * each.element_size()
+                if size <= self._room:
+                    self._room -= size
+                    self._scalars[rows[place]] = each.clone()
+        return Tile(filled, torch.stack([each for each in known if each is not None], dim=2))
 
 
 def placed(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:

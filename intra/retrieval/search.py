@@ -24,7 +24,7 @@ from intra.errors import UserError
 from intra.method import Method, Ranking, Rankings
 from intra.retrieval import initial, intrinsic, scoring
 from intra.retrieval.intrinsic import Searcher
-from intra.retrieval.pools import Ask, Form, Local, Pool
+from intra.retrieval.pools import Ask, Form, Local, Pool, Tokens
 from intra.retrieval.scorers import ALIGN, Keys
 from intra.retrieval.scoring import Scored
 
@@ -61,7 +61,8 @@ class Passes:
             _, pooled = next(iter(store.tiles(min(ALIGN, len(store)))))
             return intrinsic.pruned(ask, keys, pooled.to(backbone.device, backbone.dtype), settings.heads)
 
-        self.searcher = Searcher(pool, settings, backbone.device, prune)
+        tokens = Tokens(keys, lambda rows: store.states([store.chunk_ids[row] for row in rows]))
+        self.searcher = Searcher(pool, settings, backbone.device, prune, tokens)
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,9 @@ from intra.backbone.model import Backbone
 from intra.config import SearchConfig
 from intra.data.schema import Question
 from intra.errors import UserError
-from intra.retrieval import intrinsic, scorers, scoring, search
+from intra.retrieval import intrinsic, pools, scorers, scoring, search
 from intra.retrieval.intrinsic import Searcher
-from intra.retrieval.pools import Ask, Form, Local, cheaper
+from intra.retrieval.pools import Ask, Form, Local, Tile, Tokens, cheaper
 from intra.retrieval.retriever import Retriever
 from intra.retrieval.scorers import Keys
 from intra.retrieval.scoring import Scored
@@ -197,6 +198,84 @@ def test_the_papers_form_ranks_otherwise(backbone: Backbone, store: MemoryStore,
         for name in ("exact", "paper")
     )
     assert one != other
+
+
+def ragged() -> MemoryStore:
+    """90 chunks of 3 to 70 random states."""
+    generator = torch.Generator().manual_seed(6)
+    lengths = torch.randint(3, 71, (90,), generator=generator).tolist()
+    return MemoryStore([f"c{row:02d}" for row in range(90)], [torch.randn(length, 32, generator=generator) for length in lengths])
+
+
+def by_states(store: MemoryStore, keys: Keys) -> Tokens:
+    return Tokens(keys, lambda mine: store.states([store.chunk_ids[row] for row in mine]))
+
+
+@pytest.mark.parametrize("kind", ["per_head", "mixture", "mixed"])
+def test_chunks_are_scored_again_by_all_their_states(kind: str, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk by itself, nothing filled up, against the search; with every chunk among those scored again its normalisers are exact."""
+    vectors = scoring.mixed(ask.queries, backbone, ask.weights) if kind == "mixed" else ask.queries
+    ask, store, keys = replace(ask, kind=kind, queries=vectors), ragged(), Keys.of(backbone)
+    scorer = ask.scorer(keys, Form("exact" if kind == "mixed" else "head_space"))
+    z = torch.cat([scorer(Tile(states[None])) for states in store.kept], dim=2)  # [B, C, 90]
+    expected = scoring.log_mixture(z, z.double().logsumexp(dim=2)) if kind == "mixture" else z[:, 0]
+    searcher = Searcher(local(store, backbone), SearchConfig(rescore=90), tokens=by_states(store, keys))
+    found = searcher.find(ask, 20)
+    for question, mine in enumerate(found.pairs):
+        order = sorted(range(90), key=lambda row: (-float(expected[question, row]), row))[:20]
+        assert [row for row, _ in mine] == order
+        assert [score for _, score in mine] == pytest.approx([float(expected[question, row]) for row in order], abs=1e-4)
+    assert rows(found.pairs) != rows(Searcher(local(store, backbone), SearchConfig()).find(ask, 20).pairs)
+    for question in range(len(ask)):  # to the bit, whatever stands beside, and whatever of a chunk is kept
+        assert searcher.find(ask.part(question), 20).pairs == [found.pairs[question]]
+    monkeypatch.setattr(pools, "SCALARS", 1500)
+    again = Searcher(local(store, backbone), SearchConfig(rescore=90), tokens=by_states(store, keys))
+    assert [again.find(ask, 20).pairs for _ in range(2)] == [found.pairs] * 2
+    for question, each in enumerate(searcher.components(ask, [[3, 80, 9]] * len(ask))):
+        torch.testing.assert_close(each, z[question][:, [3, 80, 9]], rtol=1e-4, atol=1e-4)
+
+
+@layerwise
+def test_only_the_best_by_pooled_vectors_are_scored_again(kind: str, backbone: Backbone, ask: Ask) -> None:
+    ask, store = replace(ask, kind=kind), ragged()
+    tokens, asked = by_states(store, Keys.of(backbone)), []
+
+    def noted(ask: Ask, wanted: Sequence[Sequence[int]]) -> list[Tensor]:
+        asked.extend(set(each) for each in wanted)
+        return tokens(ask, wanted)
+
+    plain = Searcher(local(store, backbone), SearchConfig()).find(ask, 40)
+    for scorer in ("exact", "int8"):
+        searcher = Searcher(local(store, backbone), SearchConfig(scorer=scorer, rescore=12, recall=0.5), tokens=noted)  # type: ignore[arg-type]
+        shallow, deep = searcher.find(ask, 5), searcher.find(ask, 40)
+        if scorer == "exact":
+            assert asked == [{row for row, _ in mine[:12]} for mine in plain.pairs] + [{row for row, _ in mine} for mine in plain.pairs]
+        assert [len(mine) for mine in shallow.pairs + deep.pairs] == [5, 5, 5, 40, 40, 40]
+        if kind == "mixture":
+            assert shallow.normalisers is not None
+            torch.testing.assert_close(shallow.normalisers, deep.normalisers, rtol=0, atol=0)  # of the first 12, however many are asked for
+            torch.testing.assert_close(searcher.normalisers(ask), deep.normalisers, rtol=0, atol=0)
+
+
+def test_scoring_again_needs_states_and_the_exact_score(big: Big, backbone: Backbone) -> None:
+    with pytest.raises(ValueError, match="needs the store's token states"):
+        Searcher(local(big, backbone), SearchConfig(rescore=5))
+    with pytest.raises(UserError, match=r"rescore is by the exact score; with retriever\.search\.scorer=paper set it to 0"):
+        config.parse({"root": "x", "retriever": {"search": {"scorer": "paper", "rescore": 5}}})
+
+
+@pytest.mark.parametrize("retriever", ["per_head", "mixture", "mixed"], indirect=True)
+def test_methods_agree_on_what_is_scored_again(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question]
+) -> None:
+    """INTRA's raw scores are those by which S_0's first chunks are reordered."""
+    asked = questions[:6]
+    for settings in (SearchConfig(), SearchConfig(rescore=60)):
+        passes = search.Passes(backbone, store, retriever, query_batch=4, search=settings)  # type: ignore[arg-type]
+        whole = passes.intrinsic(asked, 60)
+        for key, scored in passes.context(asked).items():
+            mine = dict(whole[key])
+            assert scored == [(row, pytest.approx(mine[row], abs=1e-4)) for row, _ in scored]
 
 
 def test_a_scoring_a_scorer_does_not_serve_is_one_line(big: Big, backbone: Backbone, ask: Ask) -> None:
