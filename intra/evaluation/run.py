@@ -307,9 +307,12 @@ class Searches:
         # A mixture's normalisers take a scan of the pool of their own.
         scans = (name == "intra") + (settings.scoring == "mixture")
         context, again = settings.initial_context if name == "s0_reranked" else 0, self.parts.config.retriever.search.rescore
-        scored = read + sum(cost.scoring(backbone, settings, many, batch, times, echoed) for many, times in ((chunks, scans), (context, 1)))
-        # Some again by their token states: as many vectors as so many more chunks have. What is kept of their keys is not counted.
-        return scored + cost.scoring(backbone, settings, again * tokens / settings.pooled_length, 1, 1, echoed)
+        scored = read + cost.scoring(backbone, settings, chunks, batch, scans, echoed)
+        if not again:
+            return scored + cost.scoring(backbone, settings, context, batch, 1, echoed)
+        # By their token states: as many vectors as so many more chunks have. What is kept of their keys is not counted.
+        whole = context + (again if scans else 0)
+        return scored + cost.scoring(backbone, settings, whole * tokens / settings.pooled_length, 1, 1, echoed)
 
 
 def _reader(parts: Parts, pool: Pool) -> Reader:

@@ -22,6 +22,7 @@ the same way.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,14 +62,22 @@ def exact(pool: Pool, ask: Ask, k: int, form: Form | None = None) -> Found:
 
 def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Found:
     """The best `candidates` (k at least) of a scan in `form`, ordered by their exact scores."""
-    rough = pool.log_sums(ask, form) if ask.kind == "mixture" else None
-    rows = pool.best(ask, form, max(k, candidates), rough).rows.tolist()
-    z = torch.stack(pool.components(ask, Form(), rows))  # [B, C, m]
-    if rough is None:
+    sums = pool.log_sums(ask, form) if ask.kind == "mixture" else None
+    rows = pool.best(ask, form, max(k, candidates), sums).rows.tolist()
+    return again(ask, rows, k, sums, candidates, functools.partial(_components, pool, form), functools.partial(_components, pool, Form()))
+
+
+def again(
+    ask: Ask, rows: Sequence[Sequence[int]], k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer
+) -> Found:  # fmt: skip
+    """The best k of `rows` by their `true` components. `sums`: normalisers of a mixture by the `rough` ones, which the first `depth` rows
+    correct: of as many as any k gives."""
+    z = torch.stack(true(ask, rows))  # [B, C, m]
+    if sums is None:
         scores, normalisers = z[:, 0], None
     else:
-        own = torch.stack(pool.components(ask, form, [mine[:candidates] for mine in rows]))
-        normalisers = corrected(rough.cpu(), own, z[:, :, :candidates])  # of as many as any k gives
+        own = torch.stack(rough(ask, [mine[:depth] for mine in rows]))
+        normalisers = corrected(sums.cpu(), own, z[:, :, :depth])
         scores = scoring.log_mixture(z, normalisers).float()
     pairs = [
         sorted(zip(mine, each, strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
@@ -77,21 +86,8 @@ def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Fo
     return Found(pairs, normalisers)
 
 
-def rescored(pool: Pool, ask: Ask, found: Found, k: int, depth: int, tokens: Rescorer) -> Found:
-    """The best k of the chunks that were found, `depth` or more a question, by all of their token states."""
-    rows = [[row for row, _ in mine] for mine in found.pairs]
-    z = tokens(ask, rows)
-    if found.normalisers is None:
-        scores, normalisers = [each[0] for each in z], None
-    else:
-        first = torch.stack(pool.components(ask, Form(), [mine[:depth] for mine in rows]))
-        normalisers = corrected(found.normalisers.cpu(), first, torch.stack([each[:, :depth].cpu() for each in z]))
-        scores = [scoring.log_mixture(each.cpu()[None], mine[None])[0].float() for each, mine in zip(z, normalisers, strict=True)]
-    pairs = [
-        sorted(zip(mine, each.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
-        for mine, each in zip(rows, scores, strict=True)
-    ]
-    return Found(pairs, normalisers)
+def _components(pool: Pool, form: Form, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    return pool.components(ask, form, rows)
 
 
 def corrected(sums: Tensor, rough: Tensor, true: Tensor) -> Tensor:
@@ -135,10 +131,12 @@ class Searcher:
 
     def find(self, ask: Ask, k: int) -> Found:
         """Raises UserError where the scorer does not serve the scoring or the device."""
-        again = self.settings.rescore
-        if not again or self._tokens is None:
+        depth = self.settings.rescore
+        if not depth or self._tokens is None:
             return self._by_pooled(ask, k, k)
-        return rescored(self.pool, ask, self._by_pooled(ask, max(k, again), k), k, again, self._tokens)
+        found = self._by_pooled(ask, max(k, depth), k)
+        rows = [[row for row, _ in mine] for mine in found.pairs]
+        return again(ask, rows, k, found.normalisers, depth, functools.partial(_components, self.pool, Form()), self._tokens)
 
     def _by_pooled(self, ask: Ask, depth: int, k: int) -> Found:
         """The best `depth` by pooled vectors; an approximate scorer is checked on the first k of them."""
