@@ -16,6 +16,7 @@ from typing import NoReturn
 import yaml
 
 from intra import config as configuration
+from intra import tracking
 from intra.config import Config
 from intra.errors import Regression, UserError, WorkflowError
 
@@ -54,7 +55,7 @@ def main(
             options.overrides.append("data.offline=true")
         config = configuration.load(options.config, options.overrides)
         if options.dry_run:
-            print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
+            print(yaml.safe_dump(tracking.resolved(config), sort_keys=False, allow_unicode=True), end="")
             print("---")
             for line in plan(config):
                 print(line, flush=True)

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from intra.errors import UserError, WorkflowError
 
 DEATHS = 2  # of its actor that a row of Ray Data outlives
 STARTS = 3  # of a local Ray that is slow to come up
+CARRIED = ("HF_HUB_OFFLINE",)  # of this process's environment, for the workers of a cluster it has joined; of a local Ray they inherit it
 LOCAL_OBJECT_STORE = 512 * 1024**2  # bytes; states never travel through the object store
 
 
@@ -38,7 +40,7 @@ def connect(config: Config | None = None) -> None:
     if ray.is_initialized():
         return
     # "local", said plainly: without it Ray joins whatever cluster another user of this machine has started last.
-    settings: dict[str, Any] = {"address": _reached(os.environ["RAY_ADDRESS"])} if joins else {
+    settings: dict[str, Any] = {"address": _reached(os.environ["RAY_ADDRESS"]), **_carried()} if joins else {
         "address": "local",
         "num_cpus": _logical_cpus(config),
         "object_store_memory": LOCAL_OBJECT_STORE,
@@ -60,6 +62,14 @@ def connect(config: Config | None = None) -> None:
             else:
                 failed, remedy = "a local Ray cannot be started", "end other work on this machine and run the same command again"
             raise WorkflowError(f"{failed}: {' '.join(str(error).split())[:300]}; {remedy}") from error
+
+
+def _carried() -> dict[str, Any]:
+    """The runtime environment that hands CARRIED on, beside what the job was submitted with."""
+    found = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    if found:
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # the job may name the same variable: Ray refuses that otherwise
+    return {"runtime_env": {"env_vars": found}} if found else {}
 
 
 def _reached(address: str) -> str:
@@ -105,6 +115,57 @@ def fits(worker: Mapping[str, float]) -> int:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wants = {name: amount for name, amount in worker.items() if amount}
     return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wants.items()) for node in nodes)
+
+
+def amounts(worker: Mapping[str, float]) -> str:
+    """{"CPU": 2.0, "GPU": 1.0} in words: 2 CPU and 1 GPU."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in worker.items() if amount)
+
+
+def wait_for(worker: Mapping[str, float], wanted: int, minutes: float, name: str, remedy: str, least: int = 1) -> None:
+    """Returns once the cluster holds `least` such workers ({"CPU": n, "GPU": m}); an autoscaler is asked for `wanted` of them.
+
+    Raises UserError, with the `remedy` for the setting `name`, where it does not within so many minutes.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    asked = False
+    while (found := fits(worker)) < least:
+        few = f"no worker of {amounts(worker)} fits" if least == 1 else f"{found} of {least} workers of {amounts(worker)} fit"
+        if time.monotonic() >= deadline:
+            has = amounts(resources())
+            raise UserError(
+                f"{name}: {few}: there are {has} here; {remedy}, add machines, or set store.wait_minutes where an autoscaler adds them"
+            )
+        if not asked:
+            print(f"{name}: {few} as yet; waiting up to {minutes:g} minutes", file=sys.stderr)
+            ask_for(worker, wanted)
+            asked = True
+        time.sleep(5)  # Ray tells nobody of a machine that joins: it has to be asked; machines take minutes
+    if asked:
+        ask_for(worker, 0)
+
+
+def apart(work: Callable[..., Any], *arguments: Any, worker: Mapping[str, float], name: str) -> Any:
+    """What `work(*arguments)` returns, done in one process of the cluster that has `worker` ({"CPU": n, "GPU": m}) to itself.
+
+    The driver of a submitted job runs on the cluster's head, which has neither GPU nor memory for a model. Raises what `work` raises, if it
+    is a UserError or WorkflowError; else WorkflowError, also where the process was lost.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    task = ray.remote(num_cpus=worker.get("CPU", 1), num_gpus=worker.get("GPU", 0), max_retries=0)(work)
+    try:
+        return ray.get(task.remote(*arguments))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError | WorkflowError):
+            raise type(error.cause)(str(error.cause)) from error
+        print(error, file=sys.stderr)  # not foreseen: where it happened matters
+        reason = f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())[:300]}"
+        raise WorkflowError(f"{name}: {reason}; run the same command again") from error
+    except RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WorkflowError(f"{name}: the process on the cluster was lost ({reason}); run the same command again") from error
 
 
 def ask_for(worker: Mapping[str, float], count: int) -> None:
@@ -169,13 +230,28 @@ class Stage:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    full = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC
+    full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, UserError | WorkflowError):
         mistake = isinstance(error, UserError)
         return {"failure": str(error), "mistake": mistake, "fatal": mistake or full}
     traceback.print_exception(error)  # in the worker's log: this one was not foreseen
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (on {socket.gethostname()})"
     return {"failure": reason, "mistake": False, "fatal": False}
+
+
+def training_failed(name: str, error: Exception) -> UserError | WorkflowError:
+    """What to raise for Ray Train's `error`, in one line: what a worker said that raised one of our errors, else the first exception.
+
+    Ray's own text is pages of stack traces, the reason at their end.
+    """
+    failures = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    for failure in failures:
+        if isinstance(failure, UserError):
+            return UserError(f"{name}: {failure}")
+    told = next((str(failure) for failure in failures if isinstance(failure, WorkflowError)), None)
+    first = failures[0] if failures else error
+    reason = told or f"{type(first).__name__}: {' '.join(str(first).split())[-600:]}"
+    return WorkflowError(f"{name}: {reason}; the same command goes on from the last checkpoint")
 
 
 def check(row: Mapping[str, Any], name: str) -> None:

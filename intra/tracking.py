@@ -32,10 +32,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from intra import storage
+from intra import cluster, storage
 from intra.artifact import Artifact
 from intra.config import Config
-from intra.errors import WorkflowError
+from intra.errors import UserError, WorkflowError
 
 LOGGER = logging.getLogger(__name__)
 _METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch
@@ -163,6 +163,16 @@ def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterato
             yield run
 
 
+@contextlib.contextmanager
+def below(run: tuple[str, str] | None) -> Iterator[None]:
+    """In another process than the one that opened the run (its `uri` and `run_id`): steps opened here lie below it. None: below no run."""
+    token = _current.set(None if run is None else attach(*run))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 def current() -> Run | None:
     """The run that is open."""
     return _current.get()
@@ -177,10 +187,16 @@ def attach(uri: str, run_id: str) -> Run:
 
 
 def place(config: Config) -> tuple[str, str | None]:
-    """The tracking URI, and where artifacts of a new experiment go (None: the tracking server decides)."""
+    """The tracking URI, and where artifacts of a new experiment go (None: the tracking server decides).
+
+    Raises UserError in a submitted job whose root is on S3 and that names no server: its working directory goes with it, and its workers,
+    on other machines, never see it.
+    """
     artifacts = storage.join(storage.absolute(config.root), "mlflow", "artifacts")
     if config.tracking.uri is not None:
         return config.tracking.uri, None if config.tracking.uri.startswith(("http://", "https://", "databricks")) else artifacts
+    if storage.is_s3(config.root) and cluster.joined():
+        raise UserError(f"tracking.uri: a submitted job with root={config.root} needs an MLflow server; set tracking.uri=http://HOST:5000")
     folder = Path.cwd() / "runs" / "mlflow" if storage.is_s3(config.root) else Path(storage.absolute(config.root)) / "mlflow"
     return f"sqlite:///{folder / 'mlflow.db'}", artifacts
 

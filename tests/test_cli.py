@@ -50,6 +50,14 @@ def test_dry_run_prints_configuration_and_plan_and_makes_nothing(file: str, caps
     assert plan == "dataset: to be made\n"
 
 
+def test_a_dry_run_hides_the_password_of_the_tracking_server(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", file, "--dry-run", "tracking.uri=http://ada:secret@mlflow:5000"]
+    assert cli.main("doc", lambda config: [], never, options) == 0
+    shown = capsys.readouterr().out
+    assert "secret" not in shown
+    assert "http://***@mlflow:5000" in shown
+
+
 @pytest.mark.parametrize(("error", "status"), [(UserError("x: bad; mend it"), 2), (WorkflowError("s3: refused; check it"), 1)])
 def test_an_error_is_one_line_and_its_status(file: str, error: Exception, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Config) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +59,75 @@ def test_a_local_ray_slow_to_come_up_is_started_again(
     assert len(tried) == (3 if kind is Exception else 1)
 
 
+def test_what_a_cluster_must_know_of_this_processs_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    given: list[dict[str, Any]] = []
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: given.append(settings))
+    monkeypatch.setenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cluster.connect()
+    assert given[-1]["runtime_env"] == {"env_vars": {"HF_HUB_OFFLINE": "1"}}
+    assert os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] == "1"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    cluster.connect()
+    assert "runtime_env" not in given[-1]
+
+
+def test_machines_that_an_autoscaler_adds_are_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[int] = []
+    machines = iter([0, 1, 2])
+    monkeypatch.setattr(cluster, "fits", lambda worker: next(machines))
+    monkeypatch.setattr(cluster, "ask_for", lambda worker, count: asked.append(count))
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 4.0, "GPU": 0.0})
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    worker = {"CPU": 1.0, "GPU": 1.0}
+    cluster.wait_for(worker, 3, 1, "store.workers", "lower store.threads", least=2)
+    assert asked == [3, 0]
+    line = "store.workers: 0 of 2 workers of 1 CPU and 1 GPU fit as yet; waiting up to 1 minutes\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setattr(cluster, "fits", lambda worker: 0)
+    with pytest.raises(
+        UserError, match=r"^store.workers: no worker of 1 CPU and 1 GPU fits: there are 4 CPU here; lower store.threads, add"
+    ):
+        cluster.wait_for(worker, 3, 0, "store.workers", "lower store.threads")
+
+
+class Failed(Exception):
+    """As Ray Train raises it: the workers' exceptions by rank."""
+
+    def __init__(self, **failures: Exception) -> None:
+        super().__init__("Training failed due to worker errors:\n" + "a stack trace\n" * 100)
+        self.worker_failures = dict(enumerate(failures.values()))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (Failed(a=UserError("no such key; mend it")), UserError, "train x: no such key; mend it"),
+        (Failed(a=RuntimeError("peer gone"), b=WorkflowError("shard 3 is damaged")), WorkflowError,
+         "train x: shard 3 is damaged; the same command goes on from the last checkpoint"),
+        (Failed(a=ValueError("a\nb")), WorkflowError, "train x: ValueError: a b; the same command goes on from the last checkpoint"),
+        (RuntimeError("the controller died"), WorkflowError,
+         "train x: RuntimeError: the controller died; the same command goes on from the last checkpoint"),
+    ],
+)  # fmt: skip
+def test_why_a_training_failed_is_one_line(error: Exception, kind: type[Exception], message: str) -> None:
+    found = cluster.training_failed("train x", error)
+    assert type(found) is kind
+    assert str(found) == message
+
+
+def test_a_worker_of_ray_train_tells_its_own_exception() -> None:
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    wrapped = UserExceptionWithTraceback(UserError("no such key; mend it"), "Traceback: pages")
+    assert str(cluster.training_failed("train x", WorkerGroupError("pages", {0: wrapped}))) == "train x: no such key; mend it"
+
+
 def test_logical_cpus_leave_some_to_spare() -> None:
     config = Config.model_validate({"root": "r", "store": {"workers": 50, "threads": 3}})
     assert cluster._logical_cpus(config) == 152
@@ -108,12 +179,15 @@ def test_a_failed_construction_reaches_the_driver() -> None:
         cluster.check(row, "shard 3")
 
 
-def full_disk() -> WorkflowError:
+def full_disk(number: int) -> WorkflowError:
     error = WorkflowError("no space left on the device")
-    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    error.__cause__ = OSError(number, "No space left on device")
     return error
 
 
-@pytest.mark.parametrize(("error", "fatal"), [(WorkflowError("this shard"), False), (full_disk(), True), (UserError("no such file"), True)])
+FULL = [(full_disk(errno.ENOSPC), True), (full_disk(errno.EDQUOT), True)]  # the second: of a quota
+
+
+@pytest.mark.parametrize(("error", "fatal"), [(WorkflowError("this shard"), False), *FULL, (UserError("no such file"), True)])
 def test_a_failure_is_fatal_where_no_other_row_would_fare_better(error: Exception, fatal: bool) -> None:
     assert cluster.Stage(Work, error)({"shard": 3})["fatal"] is fatal

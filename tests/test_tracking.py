@@ -75,6 +75,19 @@ def test_another_process_goes_on_with_a_run(config: Config) -> None:
     assert next(entry for entry in runs(config) if entry.info.run_id == run.run_id).data.metrics == {"loss": 2.5}
 
 
+def test_steps_of_another_process_lie_below_the_run_they_are_told(config: Config) -> None:
+    with tracking.step(config, "nightly") as parent:
+        place = (parent.uri, parent.run_id)
+    with tracking.below(place), tracking.step(config, "evaluate") as step:
+        pass
+    with tracking.below(None), tracking.step(config, "evaluate") as alone:
+        pass
+    found = {run.info.run_id: run for run in runs(config)}
+    assert found[step.run_id].data.tags["mlflow.parentRunId"] == parent.run_id
+    assert "mlflow.parentRunId" not in found[alone.run_id].data.tags
+    assert tracking.current() is None
+
+
 @pytest.mark.parametrize(("error", "status"), [(UserError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
 def test_a_step_that_raises_ends_its_run(config: Config, error: BaseException, status: str) -> None:
     with pytest.raises(type(error)), tracking.step(config, "train") as run:
@@ -173,6 +186,15 @@ def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert tracking.place(remote) == (f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db", "s3://bucket/run/mlflow/artifacts")
     server = configuration.parse({"root": "s3://bucket/run", "tracking": {"uri": "http://mlflow:5000"}})
     assert tracking.place(server) == ("http://mlflow:5000", None)
+
+
+def test_a_submitted_job_on_s3_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    remote = {"root": "s3://bucket/run"}
+    with pytest.raises(UserError, match=r"tracking.uri: a submitted job with root=s3://bucket/run needs an MLflow server"):
+        tracking.place(configuration.parse(remote))
+    assert tracking.place(configuration.parse({**remote, "tracking": {"uri": "http://mlflow:5000"}})) == ("http://mlflow:5000", None)
+    assert tracking.place(configuration.parse({"root": "/shared/run"}))[0].startswith("sqlite:////shared/run/")
 
 
 def test_artifacts_of_an_s3_root_go_to_s3(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
