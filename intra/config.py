@@ -226,11 +226,11 @@ class SearchConfig(Section):
     """How s_i of the whole pool is computed (intra/retrieval/intrinsic.py)."""
 
     scorer: Literal["exact", "head_space", "reverse", "paper", "int8", "cascade", "auto"] = Field(
-        "exact", description="exact: head_space or reverse, by the batch; int8, cascade: a scan, then exact; auto: by pool and batch"
+        "exact", description="exact: head_space or reverse, by the batch; int8, cascade: a scan, then exact; auto: by the pool"
     )
     candidates: int = Field(200, ge=1, description="chunks a question that int8 and cascade score exactly")
     heads: float = Field(1.0, gt=0, le=1, description="share of the heads' |alpha| times spread, squared, that int8 scans by")
-    recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or a safer scorer follows")
+    recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or exact follows")
     rescore: int = Field(0, ge=0, description="the best so many by their pooled vectors are scored again by all their token states")
     in_memory: bool = Field(False, description="pooled vectors are kept in memory, not read again for each batch of questions")
     workers: int = Field(0, ge=0, description="Ray actors that hold the pooled vectors in their memory; 0: this process alone")
@@ -238,6 +238,19 @@ class SearchConfig(Section):
     threads: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0)
     benchmark: SearchBenchmarkConfig = SearchBenchmarkConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scorer == "int8" and self.gpus_per_worker > 0:
+            raise ValueError(
+                "retriever.search.scorer=int8 is for CPUs; take exact or cascade, or set retriever.search.gpus_per_worker to 0"
+            )
+        if self.scorer in ("int8", "cascade", "auto") and self.candidates <= self.rescore:
+            raise ValueError(
+                f"retriever.search.candidates={self.candidates} must exceed retriever.search.rescore={self.rescore}: of those "
+                f"{self.scorer} finds the best"
+            )
+        return self
 
 
 class RetrieverConfig(Section):
@@ -320,8 +333,8 @@ def varied(config: Config, overrides: Sequence[str]) -> Config:
     return _anchored(parse(values, f"ablation ({' '.join(overrides)})"))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The values of a file, over those of the file it `extends` (a path beside it)."""
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file, over those of the file it `extends` (a path beside it); `above` are the files that extend this one."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -335,9 +348,10 @@ def _read(path: Path) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
-        raise UserError(f"{path}: extends: found {base!r}; name another configuration file beside this one")
-    return merged(_read(path.parent / base), values)
+    above = (*above, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
+        raise UserError(f"{path}: extends: found {base!r}; name another configuration file, one that does not extend this one")
+    return merged(_read(path.parent / base, above), values)
 
 
 def _anchored(config: Config) -> Config:

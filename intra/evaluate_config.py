@@ -96,7 +96,7 @@ class RerankConfig(Section):
 
 
 class FusionConfig(Section):
-    """Reciprocal rank fusion: the sum over the methods of 1 / (k + rank)."""
+    """Reciprocal rank fusion: the sum over the methods of 1 / (k + rank). What a lexical method did not find (score zero) has no rank."""
 
     kind: Literal["fusion"]
     of: list[str] = Field(min_length=1)
@@ -131,8 +131,10 @@ class EvaluateConfig(Section):
         if not isinstance(values, dict):
             return values
         given, methods = values.get("models", {}), values.get("methods", [])
-        if not isinstance(given, dict) or not isinstance(methods, list) or not (given or set(methods) - set(METHODS)):
-            return values  # nothing to add, or for the fields' own validation to refuse
+        if not isinstance(given, dict) or not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
+            return values  # for the fields' own validation to refuse
+        if not given and set(methods) <= set(METHODS):
+            return values  # nothing to add
         known, models = yaml.safe_load(MODELS.read_text()), {}
         wanted = [*given, *methods]
         while wanted:
@@ -183,6 +185,11 @@ class EvaluateConfig(Section):
             visit(name, max(*self.k, NDCG_DEPTH))
         return found
 
+    def fills(self, name: str) -> bool:
+        """Whether a method that finds fewer chunks than are asked for fills its ranking up with others, of score zero."""
+        model = self.models.get(name)
+        return name in ("bm25", "tfidf") or (isinstance(model, FusionConfig) and any(map(self.fills, model.of)))
+
     def _check_model(self, name: str, within: tuple[str, ...]) -> None:
         """That all a method is made of is there, and each hub id is pinned."""
         key, model = f"evaluate.models.{name}", self.models.get(name)
@@ -195,9 +202,10 @@ class EvaluateConfig(Section):
                 )
         elif isinstance(model, ModelConfig):
             if model.revision is None and is_hub_id(model.model):
+                folder = "" if isinstance(model, CrossConfig) and model.remote_code else f", or a directory as {key}.model"
                 raise ValueError(
                     f"{key}.revision is missing: '{model.model}' is a hub id; set the commit of the weights you mean (40 hex digits, under "
-                    f"'Files and versions' of its page), or a directory as {key}.model"
+                    f"'Files and versions' of its page){folder}"
                 )
         else:
             around = [outer.depth for outer in map(self.models.get, within) if isinstance(outer, RerankConfig | FusionConfig)]

@@ -26,11 +26,13 @@ from intra.backbone import locate
 from intra.baselines import models
 from intra.config import Config
 from intra.data import sources
+from intra.errors import UserError
 from intra.evaluate_config import DenseConfig, FusionConfig, ModelConfig, RerankConfig
 from intra.evaluation import expectations
 from intra.store.format import FORMAT
 
-EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike
+EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike in float32
+SCANS = 2  # of the rule by which int8, cascade and auto rank; raise it when they rank otherwise
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
 # The workflow; of others, evaluate.
 MADE_BY = {"dataset": "prepare", "encoder": "encode", "backbone": "warmstart", "store": "encode", "retriever": "train"}
@@ -102,7 +104,8 @@ def encoder(config: Config) -> str:
     size = config.backbone.architecture
     if not over_encoder(config) or size.encoder is None:
         return backbone(config).fingerprint
-    sample = {"dataset": dataset(config).fingerprint, "count": size.encoder_sample, "seed": config.seed}
+    sample = {"pool": dataset(config).manifest()["pool_sha256"], "template": config.data.template, "count": size.encoder_sample,
+              "seed": config.seed, "threads": config.backbone.warmstart.threads}  # fmt: skip
     return fingerprint({"version": VERSION, "encoder": locate.encoder_digest(size.encoder), "sample": sample})
 
 
@@ -121,6 +124,24 @@ def model(config: Config) -> tuple[str, str | None]:
 def _decoder(config: Config) -> dict[str, object]:
     """The backbone, for what reads a store with its decoder: where the store's own fingerprint does not name it."""
     return {"backbone": backbone(config).fingerprint} if over_encoder(config) else {}
+
+
+def weights_digest(config: Config) -> str:
+    """locate.digest of the model that encodes: of one trained here as its manifest states it, without reading the weights."""
+    trained = backbone(config)
+    if not config.backbone.train or over_encoder(config):
+        return locate.digest(*model(config))
+    sizes, digests = storage.sizes(trained.url), trained.manifest()["sha256"]
+    return locate.digest_of((name, sizes.get(name, -1), digests[name]) for name in digests)
+
+
+def check_store(config: Config) -> None:
+    """Raises UserError where the store holds another backbone's states: this one was trained again after it was encoded."""
+    encoded = store(config)
+    found, wanted = encoded.manifest()["backbone"], weights_digest(config)
+    if found != wanted:
+        raise UserError(f"store {encoded.url}: its states are of a backbone of digest {found[:16]}, but {model(config)[0]} has "
+                        f"{wanted[:16]}: it was made again since; delete the store and run workflows/encode.py")  # fmt: skip
 
 
 def encoding(config: Config) -> str:
@@ -237,7 +258,8 @@ def ranking(config: Config, name: str, marks: Marks | None = None) -> Artifact:
 def _made_of(config: Config, name: str, marks: Marks) -> object:
     model = config.evaluate.models.get(name)
     if isinstance(model, FusionConfig):
-        return [model.model_dump(), [ranking(config, part, marks).fingerprint for part in model.of]]
+        ranks: list[object] = [{"zeros": "no rank"}] if any(map(config.evaluate.fills, model.of)) else []
+        return [model.model_dump(), [ranking(config, part, marks).fingerprint for part in model.of], *ranks]
     if isinstance(model, RerankConfig):
         by = config.evaluate.models[model.by]
         scorer = [weights(config, model.by), by.model_dump(exclude={"model", "revision", "tune", "ivf"})]
@@ -248,9 +270,15 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
     if name in ("intra", "maxsim", "s0_reranked"):
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
         search = config.retriever.search
-        scan = [search.scorer, search.candidates, search.recall, search.heads] if search.scorer not in EXACT and name != "maxsim" else []
-        again = [{"rescore": search.rescore}] if search.rescore and name != "maxsim" else []
-        return [marks.store, marks.retriever, config.backbone.prompt, answer, *scan, *again]
+        made_of: list[object] = [marks.store, marks.retriever, config.backbone.prompt, answer]
+        if name == "maxsim":
+            return made_of
+        if search.scorer not in EXACT:
+            made_of += [search.scorer, search.candidates, search.recall, search.heads]
+            made_of += [] if search.scorer == "paper" else [{"scans": SCANS}]
+        elif config.backbone.dtype != "float32":
+            made_of.append(search.scorer)
+        return [*made_of, {"rescore": search.rescore}] if search.rescore else made_of
     return [config.evaluate.bm25.model_dump()] if name == "bm25" else [config.seed] if name in ("random", "oracle") else []
 
 

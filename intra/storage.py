@@ -2,7 +2,8 @@
 
 A URL here is a local path, `file:///...` or `s3://bucket/prefix`. Every write is atomic: a reader sees the whole object
 or none (local: temporary file and rename; S3: one put). Credentials, region and endpoint come from the environment's
-usual AWS variables. A storage failure is a `WorkflowError` that names the URL; a missing object is FileNotFoundError.
+usual AWS variables. A storage failure is a `WorkflowError` that names the URL; a missing object is FileNotFoundError. A place that cannot
+be, below a file or in a bucket that is not there, is a `UserError`.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
+import itertools
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from intra.errors import WorkflowError
+from intra.errors import UserError, WorkflowError
+
+PIECE = 32 * 1024**2  # bytes of a large object read at once
+TOGETHER = 4  # pieces on their way at once
+
+
+class NotAFolder(UserError, NotADirectoryError):
+    """A path leads through a file."""
 
 
 def is_s3(url: str) -> bool:
@@ -56,20 +67,39 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     return (_s3(), url.removeprefix("s3://")) if is_s3(url) else (_local(), absolute(url))
 
 
-@contextlib.contextmanager
-def _named(url: str) -> Iterator[None]:
+@functools.cache
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What S3's clients raise beside OSError; imported where something has been raised."""
+    from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
 
+    return BotoCoreError, ClientError, HttpError
+
+
+@contextlib.contextmanager
+def _named(url: str, writes: bool = False) -> Iterator[None]:
+    """Errors of the storage as ours, with the URL; `writes`: nothing is looked for, so that what is missing is where it was to be."""
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (UserError, IsADirectoryError):
         raise
+    except FileNotFoundError as error:
+        if not writes:
+            raise
+        if is_s3(url) and "NoSuchUpload" not in str(error.__cause__):
+            bucket = url.removeprefix("s3://").partition("/")[0]
+            raise UserError(f"{url}: no such bucket '{bucket}'; create it, or mend root") from error
+        raise WorkflowError(f"{url}: went away while it was written; run the same command again") from error
+    except NotADirectoryError as error:
+        found = next(place for place in (Path(filesystem(url)[1]), *Path(filesystem(url)[1]).parents) if place.exists())
+        raise NotAFolder(f"{url}: {found} is a file, not a folder; mend root, or the path that leads there") from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise WorkflowError(f"{url}: no space left on the device; free some and run the same command again") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            left = "no space left on the device" if error.errno == errno.ENOSPC else "no space left in the quota"
+            raise WorkflowError(f"{url}: {left}; free some and run the same command again") from error
         raise WorkflowError(f"{url}: {error or type(error).__name__}; check the path, its permissions and, for s3://, "
                             "AWS_ENDPOINT_URL and the credentials") from error  # fmt: skip
-    except (BotoCoreError, ClientError) as error:
+    except _client_errors() as error:
         raise WorkflowError(f"{url}: {error}; check AWS_ENDPOINT_URL, the credentials and the bucket") from error
 
 
@@ -94,9 +124,38 @@ def stamp(url: str) -> str:
 
 
 def read_bytes(url: str) -> bytes:
+    """The whole object, in memory once and a few pieces more."""
     fs, path = filesystem(url)
     with _named(url):
-        return bytes(fs.cat_file(path))
+        if not is_s3(url):
+            return bytes(fs.cat_file(path))
+        length = int(fs.size(path))
+        if length <= PIECE:
+            return bytes(fs.cat_file(path, max_concurrency=1))  # one request, tried again where its answer is cut off
+    whole = io.BytesIO()
+    whole.seek(length - 1)
+    whole.write(b"\0")  # its room at once
+    whole.seek(0)
+    for part in pieces(url):
+        whole.write(part)
+    return whole.getvalue()
+
+
+def pieces(url: str) -> Iterator[bytes]:
+    """The object's bytes in order, up to PIECE at a time, each tried again where S3 fails. WorkflowError: it changes meanwhile."""
+    before, length = stamp(url), size(url)
+    ranges = ((url, start, min(start + PIECE, length)) for start in range(0, length, PIECE))
+    while together := list(itertools.islice(ranges, TOGETHER)):
+        yield from read_ranges(together)
+    if stamp(url) != before:
+        raise WorkflowError(f"{url}: changed while it was read; run the same command again")
+
+
+def fetch(url: str, path: str | Path) -> None:
+    """Copies an object to a local file, which is there when it is whole. Memory does not grow with it."""
+    with _named(str(path)), _whole(os.path.abspath(path)) as file:
+        for part in pieces(url):
+            file.write(part)
 
 
 def read_ranges(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -113,39 +172,54 @@ def read_ranges(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
 
 
 def _read_local_ranges(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Each file is opened once: a training step reads a thousand ranges, and fsspec opens a file for each of them."""
-    with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in dict.fromkeys(path for path, _, _ in requests)}
-        return [os.pread(files[path].fileno(), end - start, start) for path, start, end in requests]
+    """Each file is opened once, one at a time: a training step reads a thousand ranges, and fsspec opens a file for each of them."""
+    places: dict[str, list[int]] = {}
+    for place, (path, _, _) in enumerate(requests):
+        places.setdefault(path, []).append(place)
+    found = [b""] * len(requests)
+    for path, mine in places.items():
+        with open(path, "rb", buffering=0) as file:
+            for place in mine:
+                _, start, end = requests[place]
+                found[place] = os.pread(file.fileno(), end - start, start)
+    return found
+
+
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[BinaryIO]:
+    """A local file to be written, which comes to `path` when all of it has been."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def write_bytes(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
-    with _named(url):
+    with _named(url, writes=True):
         if is_s3(url):
             fs.pipe_file(path, data)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with _whole(path) as file:
+            file.write(data)
 
 
 def create(url: str, data: bytes) -> bool:
     """Writes the object as a whole unless there is one: of several callers one gets True, the others False."""
     fs, path = filesystem(url)
-    with _named(url):
+    with _named(url, writes=True):
+        if not is_s3(url):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             if is_s3(url):
                 fs.pipe_file(path, data, mode="create")  # put with If-None-Match
                 return True
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             temporary = f"{path}.{uuid.uuid4().hex}.tmp"
             try:
                 Path(temporary).write_bytes(data)
@@ -200,18 +274,26 @@ def files(url: str) -> list[str]:
 
 
 def upload(folder: str | Path, url: str) -> None:
-    """Copies every file of a local folder to below `url`."""
+    """Copies every file of a local folder to below `url`. Memory does not grow with them."""
     for file in sorted(Path(folder).rglob("*")):
         if file.is_file():
-            write_bytes(join(url, str(file.relative_to(folder))), file.read_bytes())
+            _put(file, join(url, str(file.relative_to(folder))))
+
+
+def _put(file: Path, url: str) -> None:
+    fs, path = filesystem(url)
+    with _named(url, writes=True):
+        if is_s3(url):
+            fs.put_file(str(file), path, max_concurrency=TOGETHER)  # in parts where it is large; it is there when the last one is
+            return
+        with open(file, "rb") as source, _whole(path) as target:
+            shutil.copyfileobj(source, target, PIECE)
 
 
 def download(url: str, folder: str | Path) -> None:
     """Copies every file below `url` into a local folder."""
     for name in files(url):
-        target = Path(folder) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(read_bytes(join(url, name)))
+        fetch(join(url, name), Path(folder) / name)
 
 
 def remove(url: str) -> None:

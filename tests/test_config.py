@@ -108,3 +108,6 @@ def test_a_file_may_extend_another(tmp_path: Path) -> None:
         configuration.load(write(tmp_path, "extends: absent.yaml"))
     with pytest.raises(UserError, match="extends"):
         configuration.load(write(tmp_path, "extends: c.yaml"))
+    (tmp_path / "other.yaml").write_text("extends: c.yaml")
+    with pytest.raises(UserError, match=r"other.yaml: extends: found 'c.yaml'; name another"):
+        configuration.load(write(tmp_path, "extends: other.yaml"))

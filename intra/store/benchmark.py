@@ -73,8 +73,7 @@ def _measured(
         _random_weights(config)
     dataset = lineage.dataset(config)
     model, revision = lineage.model(config)
-    device = config.backbone.device if config.store.gpus_per_worker else "cpu"
-    backbone = load(model, revision, dtype=config.backbone.dtype, device=device)
+    backbone = load(model, revision, dtype=config.backbone.dtype, device=forecast.device(config))
     tokenize = writer.LoadTokenize(dataset.url, model, revision, config.data.template)
     parts = [
         writer.tokens_of(tokenize({"shard": shard.number, "first": shard.first, "rows": shard.rows}))[1]

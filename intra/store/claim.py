@@ -1,4 +1,4 @@
-"""One run at a time makes a store: a claim lies in it while one does, and is renewed; a dead run's claim is taken over.
+"""One run at a time makes a store (or dataset, backbone, retriever): a claim lies in it while one does; a dead run's is taken over.
 
     with claim.hold(store) as mine:
         ... mine.check() ...
@@ -24,7 +24,7 @@ from typing import Any
 
 from intra import storage
 from intra.artifact import Artifact
-from intra.errors import WorkflowError
+from intra.errors import UserError, WorkflowError
 
 CLAIM = "claim"
 RENEWED = 10.0  # seconds between renewals
@@ -44,7 +44,8 @@ class Claim:
     def check(self) -> None:
         """Raises WorkflowError where another run has taken the store over."""
         if self._lost is not None:
-            raise WorkflowError(f"store {self.store.url}: {self._lost} has taken it over; this run stops, what it committed is kept")
+            made = f"{self.store.kind} {self.store.url}"
+            raise WorkflowError(f"{made}: {self._lost} has taken it over; this run stops, what it committed is kept")
 
     def release(self) -> None:
         self._over.set()
@@ -60,7 +61,7 @@ class Claim:
                     self._lost = _who(_read(self.store, number))
                     return
                 storage.write_bytes(_place(self.store, self.number), _text(self.token))
-            except WorkflowError:
+            except (UserError, WorkflowError):
                 continue  # the storage is away for a moment: the work itself will say so if it stays away
 
 

@@ -168,6 +168,16 @@ def check(config: Config, found: Forecast, done: int = 0) -> None:
         )
 
 
+def device(config: Config) -> str:
+    """Where the workers compute. Ray hides the GPUs from a worker that asks for none: never let that decide in silence."""
+    asked = config.backbone.device
+    if config.store.gpus_per_worker == 0:
+        if asked not in ("auto", "cpu"):
+            raise UserError(f"backbone.device={asked}, but store.gpus_per_worker is 0; set store.gpus_per_worker=1 or backbone.device=cpu")
+        return "cpu"
+    return "cuda" if asked == "auto" else asked  # a worker that was given a GPU and cannot see it must not go on without
+
+
 def available_memory() -> int | None:
     """Bytes that new processes of this machine can have; None where the system does not say."""
     try:

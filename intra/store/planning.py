@@ -2,7 +2,8 @@
 
 A chunk whose id, title and text stand in such a store is not encoded again; the new store's index points into the other's shards. So adding
 passages costs the new ones, and removing some costs nothing. Which stores are borrowed from is written down first (`plan.json`): a run that
-was cut off goes on with the same ones, whatever has been made beside it meanwhile.
+was cut off goes on with the same ones, whatever has been made beside it meanwhile. Borrowed shards that turned out damaged are left out, in
+the order in which that was found: the chunks of each are encoded here then, as a shard behind those that were planned before.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Lent:
 
 @dataclass(frozen=True)
 class Plan:
-    """`fresh` are the rows of the pool that the store encodes itself, cut into `shards`; `bases` the stores borrowed from."""
+    """`fresh` are the rows of the pool that the store encodes itself, cut into `shards`: in pool order, behind them those of each shard
+    that is `left_out`. `bases` are the stores it was planned to borrow from."""
 
     chunk_ids: list[str]
     digests: list[bytes]
@@ -80,7 +82,8 @@ def content(chunk_ids: Sequence[str], marks: Sequence[bytes]) -> str:
 def make(store: Artifact, encoding: str, dataset: str, shard_chunks: int, *, reuse: bool = True, left_out: Sequence[str] = ()) -> Plan:
     """The plan of a store: the one it was begun with (plan.json) as long as its bases are complete, else a new one.
 
-    `reuse` False borrows nothing; `left_out` names shards (<fingerprint>/<shard>) that are not to be borrowed. Writes nothing.
+    `reuse` False borrows nothing; `left_out` names shards (<fingerprint>/<shard>) that are not to be borrowed: they change nothing of the
+    cut that was made before. Writes nothing.
     """
     pool = PoolFile(dataset)
     chunk_ids: list[str] = []
@@ -91,19 +94,23 @@ def make(store: Artifact, encoding: str, dataset: str, shard_chunks: int, *, reu
         chunk_ids += part.chunk_ids
         marks += digests(part)
         lengths.append(part.table["n_tokens"].to_numpy().astype(np.int64))
-    begun = _begun(store)
-    left_out = tuple(sorted({*left_out, *begun.get("left_out", ())}))
-    found = siblings(store, encoding) if reuse or begun.get("bases") else {}
-    bases = [base for base in begun["bases"] if base in found] if "bases" in begun else list(found)
-    if len(bases) < len(begun.get("bases", ())):
+    made = begun(store)
+    left_out = tuple(dict.fromkeys([*made.get("left_out", ()), *sorted(left_out)]))
+    found = siblings(store, encoding) if reuse or made.get("bases") else {}
+    bases = [base for base in made["bases"] if base in found] if "bases" in made else list(found)
+    if len(bases) < len(made.get("bases", ())):
         bases = list(found)  # one of them was deleted meanwhile
-    lent, used = _lent(store, {base: found[base] for base in bases}, chunk_ids, marks, set(left_out))
-    fresh = np.setdiff1d(np.arange(len(chunk_ids)), lent.rows, assume_unique=True)
+    lent, late, used = _lent(store, {base: found[base] for base in bases}, chunk_ids, marks, left_out)
+    own = np.setdiff1d(np.arange(len(chunk_ids)), lent.rows, assume_unique=True)
+    parts = [own[late[own] == place] for place in range(-1, len(left_out))]
+    fresh = np.concatenate(parts)
     tokens = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
-    cut = []
-    for shard in shards(len(fresh), shard_chunks):
-        rows = fresh[shard.first : shard.first + shard.rows].tolist()
-        cut.append(Shard(shard.number, shard.first, shard.rows, content([chunk_ids[row] for row in rows], [marks[row] for row in rows])))
+    cut: list[Shard] = []
+    for part, before in zip(parts, np.cumsum([0, *map(len, parts)]).tolist(), strict=False):
+        for shard in shards(len(part), shard_chunks):
+            rows = part[shard.first : shard.first + shard.rows].tolist()
+            mark = content([chunk_ids[row] for row in rows], [marks[row] for row in rows])
+            cut.append(Shard(len(cut), before + shard.first, shard.rows, mark))
     return Plan(chunk_ids, marks, int(tokens.sum()), fresh, int(tokens[fresh].sum()), cut, lent, tuple(used), left_out)
 
 
@@ -160,7 +167,8 @@ def _scale(store: Artifact) -> str | None:
         return None
 
 
-def _begun(store: Artifact) -> dict[str, Any]:
+def begun(store: Artifact) -> dict[str, Any]:
+    """What the store's plan.json says; empty where there is none that can be read."""
     try:
         found = storage.read_json(store.path(PLAN))
     except (FileNotFoundError, ValueError):
@@ -169,14 +177,19 @@ def _begun(store: Artifact) -> dict[str, Any]:
 
 
 def _lent(
-    store: Artifact, bases: Mapping[str, Manifest], chunk_ids: Sequence[str], marks: Sequence[bytes], left_out: set[str]
-) -> tuple[Lent, list[str]]:
-    """What the bases hold of the pool, and those of them that hold any. A chunk is taken from the first that has it."""
+    store: Artifact, bases: Mapping[str, Manifest], chunk_ids: Sequence[str], marks: Sequence[bytes], left_out: Sequence[str]
+) -> tuple[Lent, NDArray[np.int64], list[str]]:
+    """What the bases hold of the pool; by row the place in `left_out` of the last shard there that holds it, or -1; the bases used.
+
+    A chunk is taken from the first base that has it elsewhere than in a shard that is left out.
+    """
     parent = store.url.rpartition("/")[0]
     scale = _scale(store)
     entries: list[dict[str, Any]] = []
     position: dict[tuple[str, str], int] = {}
     place = np.full(len(chunk_ids), -1, dtype=np.int64)
+    late = np.full(len(chunk_ids), -1, dtype=np.int64)
+    refused = {name: number for number, name in enumerate(left_out)}
     columns = {name: np.zeros(len(chunk_ids), dtype=np.int64) for name in PLACES}
     used: list[str] = []
     for base, manifest in bases.items():
@@ -188,22 +201,27 @@ def _lent(
         its_marks, its_shard = index["digest"].to_pylist(), index["shard"].to_numpy()
         its_columns = {name: index[name].to_numpy() for name in PLACES}
         owners = [(shard["store"] or base, shard["name"]) for shard in manifest["shards"]]
-        usable = [f"{owner}/{name}" not in left_out and owner != store.fingerprint for owner, name in owners]
+        without = [refused.get(f"{owner}/{name}") for owner, name in owners]
         taken = False
         for row, (chunk_id, mark) in enumerate(zip(chunk_ids, marks, strict=True)):
             its_row = row_of.get(chunk_id)
-            if its_row is None or place[row] >= 0 or its_marks[its_row] != mark or not usable[its_shard[its_row]]:
+            if its_row is None or place[row] >= 0 or its_marks[its_row] != mark:
                 continue
             key = owners[its_shard[its_row]]
+            if key[0] == store.fingerprint:
+                continue
+            taken = True
+            if (refusal := without[its_shard[its_row]]) is not None:
+                late[row] = max(late[row], refusal)
+                continue
             if key not in position:
                 position[key] = len(entries)
                 entries.append({**manifest["shards"][its_shard[its_row]], "store": key[0]})
             place[row] = position[key]
             for name in PLACES:
                 columns[name][row] = its_columns[name][its_row]
-            taken = True
         if taken:
             used.append(base)
             scale = its_scale
     rows = np.flatnonzero(place >= 0)
-    return Lent(entries, rows, place[rows], {name: values[rows] for name, values in columns.items()}), used
+    return Lent(entries, rows, place[rows], {name: values[rows] for name, values in columns.items()}), late, used

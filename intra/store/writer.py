@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from intra.backbone import locate
 from intra.backbone.packing import pooled as pool_padded
 from intra.data.chunking import chunk_text
 from intra.data.schema import Pool, PoolFile, to_parquet
-from intra.errors import WorkflowError
+from intra.errors import UserError, WorkflowError
 from intra.store import planning, quantize
 from intra.store.format import (
     COMMIT,
@@ -40,6 +41,7 @@ from intra.store.format import (
     FORMAT,
     INDEX,
     INDEX_SCHEMA,
+    PLAN,
     POOLED,
     SCALE,
     SCALE_BYTES,
@@ -114,7 +116,10 @@ class LoadTokenize:
     is to be compared. Out: the same with `ids` and `lengths`, int32 as bytes, and `memory`, this process's largest so far in bytes.
     """
 
-    def __init__(self, dataset: str, model: str, revision: str | None, template: str) -> None:
+    def __init__(self, dataset: str, model: str, revision: str | None, template: str, store: Artifact | None = None) -> None:
+        """Raises UserError where `store`, the one that is made, does not lie here as where the run was started."""
+        if store is not None:
+            _check_shared(store)
         self.pool = PoolFile(dataset)
         self.dataset = dataset
         self.tokenizer = locate.load_tokenizer(model, revision)
@@ -153,6 +158,8 @@ class EncodeCommit:
     """
 
     def __init__(self, store: Artifact, source: Source, pooled_length: int, batch_tokens: int, dtype: str) -> None:
+        """Raises UserError where the store does not lie here as where the run was started."""
+        _check_shared(store)
         self.backbone = _load(source)
         self.threads = source.threads
         self.store = store
@@ -221,6 +228,14 @@ def read_scale(url: str) -> tuple[Tensor, Tensor]:
 
     tensors = load(storage.read_bytes(storage.join(url, SCALE)))
     return tensors["mu"], tensors["sigma"]
+
+
+def _check_shared(store: Artifact) -> None:
+    """The plan is written before any worker starts: who does not find it would write shards that nobody else sees."""
+    if not storage.exists(store.path(PLAN)):
+        root = store.url.rsplit("/", 2)[0]
+        raise UserError(f"root {root} is not the same folder on {socket.gethostname()} as where the run was started; give one that all "
+                        "machines share, or s3:// with the same AWS_ENDPOINT_URL everywhere")  # fmt: skip
 
 
 def _load(source: Source) -> Backbone:
@@ -315,13 +330,13 @@ Spread = Callable[[dict[str, Any], list[tuple[int, int]]], Iterable[Moments]]
 def finish(
     store: Artifact, chunk_ids: Sequence[str], plan: Sequence[Shard], commits: Mapping[int, Commit], settings: Mapping[str, Any], *,
     backbone: str, hidden_size: int, pooled_length: int, dtype: str, threads: int, encoding: str = "",
-    digests: Sequence[bytes] | None = None, lent: Lent | None = None, spread: Spread | None = None,
+    digests: Sequence[bytes] | None = None, rows: NDArray[np.int64] | None = None, lent: Lent | None = None, spread: Spread | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Closes a store whose shards are all committed: index, whitening, settings, and the manifest last. Returns the manifest.
 
-    `settings` is what shaped the store (config.json); `backbone` the digest of the backbone's files. `digests` and `lent` are of the plan
-    (intra.store.planning) where it was made from one. `spread` takes the manifest and groups of rows (first, count) and gives the
-    moments of each group's pooled vectors, in order: where the pool is large, from many workers (`group_moments`).
+    `settings` is what shaped the store (config.json); `backbone` the digest of the backbone's files. `digests`, `rows` (its `fresh`) and
+    `lent` are of the plan (intra.store.planning) where it was made from one. `spread` takes the manifest and groups of rows (first, count)
+    and gives the moments of each group's pooled vectors, in order: where the pool is large, from many workers (`group_moments`).
     """
     missing = [shard.name for shard in plan if shard.number not in commits]
     if missing:
@@ -329,7 +344,7 @@ def finish(
     _remove_strays(store, plan)
     ordered = [commits[shard.number] for shard in plan]
     lent = lent or Lent()
-    index = to_parquet(_index(chunk_ids, ordered, hidden_size, dtype, lent, digests))
+    index = to_parquet(_index(chunk_ids, ordered, hidden_size, dtype, rows, lent, digests))
     storage.write_bytes(store.path(INDEX), index)
     stated = ("shard", "first", "rows", "tokens", STATES, POOLED)
     own = [{"store": None, "name": shard.name, **{key: commits[shard.number][key] for key in stated}} for shard in plan]
@@ -362,12 +377,13 @@ def finish(
 
 
 def _index(
-    chunk_ids: Sequence[str], commits: Sequence[Commit], hidden_size: int, dtype: str, lent: Lent, digests: Sequence[bytes] | None
-) -> pa.Table:
-    """One line a chunk: those of the commits, in order, stand in the rows that are not lent."""
+    chunk_ids: Sequence[str], commits: Sequence[Commit], hidden_size: int, dtype: str, rows: NDArray[np.int64] | None, lent: Lent,
+    digests: Sequence[bytes] | None,
+) -> pa.Table:  # fmt: skip
+    """One line a chunk: those of the commits, one after the other, stand in `rows` (None: in all rows that are not lent)."""
     width = token_bytes(hidden_size, dtype)
     columns: dict[str, Any] = {name: np.zeros(len(chunk_ids), dtype=np.int64) for name in ("shard", *planning.PLACES)}
-    own = np.setdiff1d(np.arange(len(chunk_ids)), lent.rows, assume_unique=True)
+    own = rows if rows is not None else np.setdiff1d(np.arange(len(chunk_ids)), lent.rows, assume_unique=True)
     if commits:
         columns["shard"][own] = np.repeat(np.arange(len(commits)), [commit["rows"] for commit in commits])
         columns["row"][own] = np.concatenate([np.arange(commit["rows"]) for commit in commits])

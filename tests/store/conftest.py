@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save
@@ -14,8 +16,9 @@ from torch import Tensor
 from intra import storage
 from intra.artifact import Artifact
 from intra.backbone.model import Memory
-from intra.store import quantize, writer
-from intra.store.format import SCALE, committed, shards, torch_dtype
+from intra.data import schema
+from intra.store import planning, quantize, writer
+from intra.store.format import PLAN, SCALE, committed, shards, torch_dtype
 
 WIDTH = 8
 POOLED = 3
@@ -81,3 +84,51 @@ def write(root: str, *, count: int = 23, shard_chunks: int = 5, dtype: str = "fl
 @pytest.fixture
 def made(root: str) -> Made:
     return write(root)
+
+
+SHARD_CHUNKS = 4
+
+
+def token_ids(text: str) -> list[int]:
+    return [ord(letter) % 50 for letter in text]
+
+
+def write_pool(dataset: str, columns: Mapping[str, Sequence[object]]) -> None:
+    data = schema.to_parquet(pa.table(dict(columns), schema=schema.POOL_SCHEMA))
+    storage.write_bytes(storage.join(dataset, schema.POOL), data)
+    Artifact("dataset", dataset, "", "prepare").finish({"pool_sha256": hashlib.sha256(data).hexdigest()})
+
+
+def artifact(root: str, name: str) -> Artifact:
+    return Artifact("store", storage.join(root, "store", name), name, "encode")
+
+
+def planned(root: str, name: str, texts: Mapping[str, str], left_out: Sequence[str] = ()) -> planning.Plan:
+    """The plan of the store `name` over the chunks of those ids and texts, written down."""
+    dataset, chunk_ids = storage.join(root, "dataset", name), sorted(texts)
+    columns = {
+        "chunk_id": chunk_ids,
+        "title": [""] * len(texts),
+        "text": [texts[chunk_id] for chunk_id in chunk_ids],
+        "source": ["s"] * len(texts),
+        "n_tokens": [len(token_ids(texts[chunk_id])) for chunk_id in chunk_ids],
+    }
+    write_pool(dataset, columns)
+    plan = planning.make(artifact(root, name), "encoding", dataset, SHARD_CHUNKS, left_out=left_out)
+    storage.write_json(artifact(root, name).path(PLAN), plan.record())
+    return plan
+
+
+def encoded(root: str, name: str, texts: Mapping[str, str], left_out: Sequence[str] = ()) -> Artifact:
+    """A complete store of that plan; what is committed stays."""
+    store, plan, encoder = artifact(root, name), planned(root, name, texts, left_out), FakeEncoder()
+    for shard in plan.shards:
+        if shard.number not in committed(store, [shard]):
+            ids = [token_ids(texts[plan.chunk_ids[row]]) for row in plan.rows_of(shard).tolist()]
+            states, pooled = writer.encode(encoder, ids, POOLED, 32, torch.float32)  # type: ignore[arg-type]
+            writer.write_shard(store, shard, [len(item) for item in ids], states, pooled)
+    writer.finish(
+        store, plan.chunk_ids, plan.shards, committed(store, plan.shards), {}, backbone="b" * 64, hidden_size=WIDTH, pooled_length=POOLED,
+        dtype="float32", threads=1, encoding="encoding", digests=plan.digests, rows=plan.fresh, lent=plan.lent,
+    )  # fmt: skip
+    return store

@@ -7,7 +7,7 @@ import pytest
 from intra import config as configuration
 from intra.config import Config
 from intra.errors import UserError
-from intra.store import forecast
+from intra.store import benchmark, forecast
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -47,3 +47,20 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"store.workers: 2 workers of \d+\.?\d* GB need .* lower store.workers"):
         forecast.check(config, found)
     forecast.check(load(f"root={tmp_path}", "store.workers=1"), found)
+
+
+@pytest.mark.parametrize(("gpus", "asked", "found"), [(0, "auto", "cpu"), (0, "cpu", "cpu"), (1, "auto", "cuda"), (1, "cpu", "cpu")])
+def test_the_benchmarks_bare_loop_computes_where_the_workers_do(monkeypatch: pytest.MonkeyPatch, gpus: int, asked: str, found: str) -> None:
+    """Also where the driver has no GPU: there the load refuses, and the job is not compared with a CPU."""
+    config = configuration.load(CONFIGS / "quickstart.yaml", [f"store.gpus_per_worker={gpus}", f"backbone.device={asked}"])
+
+    class Loaded(Exception):
+        pass
+
+    def load(*_: object, device: str, **__: object) -> None:
+        raise Loaded(device)
+
+    monkeypatch.setattr("intra.backbone.model.load", load)
+    assert forecast.device(config) == found
+    with pytest.raises(Loaded, match=found):
+        benchmark._measured(config, lambda _: None, lambda _: None, lambda _: 1)  # type: ignore[arg-type,return-value]

@@ -3,19 +3,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
 from intra import storage
 from intra.artifact import Artifact
 from intra.backbone.model import pool
-from intra.data import schema
-from intra.errors import WorkflowError
+from intra.errors import UserError, WorkflowError
 from intra.store import writer
-from intra.store.format import COMMIT, STATES, Shard, committed, path, shards
+from intra.store.format import COMMIT, PLAN, STATES, Shard, committed, path, shards
 
-from .conftest import POOLED, WIDTH, FakeEncoder, Made, token_lists, write
+from .conftest import POOLED, WIDTH, FakeEncoder, Made, token_lists, write, write_pool
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -120,7 +118,7 @@ def pool_url(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
         "source": ["s"] * 5,
         "n_tokens": [5, 3, 6, 4, 5],
     }
-    storage.write_bytes(f"{tmp_path}/{schema.POOL}", schema.to_parquet(pa.table(rows, schema=schema.POOL_SCHEMA)))
+    write_pool(str(tmp_path), rows)
     return str(tmp_path)
 
 
@@ -141,8 +139,21 @@ def test_another_number_of_tokens_than_the_dataset_states_is_an_error(pool_url: 
 def test_a_backbone_with_other_files_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(writer.locate, "digest", lambda model, revision: "a" * 64)
     source = writer.Source("org/model", None, "b" * 64, "float32", "cpu", 1)
+    store = Artifact("store", str(tmp_path), "x", "encode")
+    storage.write_json(store.path(PLAN), {})
     with pytest.raises(WorkflowError, match=r"backbone org/model: its files on .* have the digest aaaa"):
-        writer.EncodeCommit(Artifact("store", str(tmp_path), "x", "encode"), source, POOLED, 64, "float32")
+        writer.EncodeCommit(store, source, POOLED, 64, "float32")
+
+
+def test_a_root_that_the_machines_do_not_share_is_refused_before_anything_is_read(tmp_path: Any) -> None:
+    """The plan, which the driver has written, is not there."""
+    store = Artifact("store", f"{tmp_path}/root/store/x", "x", "encode")
+    source = writer.Source("org/model", None, "b" * 64, "float32", "cpu", 1)
+    why = rf"root {tmp_path}/root is not the same folder on .* as where the run was started; give one that all machines share, or s3://"
+    with pytest.raises(UserError, match=why):
+        writer.LoadTokenize(f"{tmp_path}/root/dataset/y", "org/model", None, "{text}", store)
+    with pytest.raises(UserError, match=why):
+        writer.EncodeCommit(store, source, POOLED, 64, "float32")
 
 
 def test_states_file_is_plain_safetensors(made: Made) -> None:
@@ -158,6 +169,7 @@ def test_a_committed_shard_stays_as_it_is_when_it_is_asked_for_again(monkeypatch
     encoder, ids = FakeEncoder(), token_lists(4)
     monkeypatch.setattr(writer, "_load", lambda source: encoder)
     store = Artifact("store", root, "x", "encode")
+    storage.write_json(store.path(PLAN), {})
     work = writer.EncodeCommit(store, writer.Source("m", None, "b" * 64, "float32", "cpu", 1), POOLED, 64, "float32")
     flat = torch.tensor([token for mine in ids for token in mine], dtype=torch.int32)
     lengths = torch.tensor([len(mine) for mine in ids], dtype=torch.int32)

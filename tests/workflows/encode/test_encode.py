@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pytest
 import torch
 
@@ -177,16 +176,11 @@ def test_killed_and_started_again_the_store_is_the_same(
 
 
 def test_a_failing_shard_is_one_line_and_the_others_stay(
-    world: World, joined: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, joined: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = world.clone(str(tmp_path))
+    root = world.clone(str(tmp_path / "root"))
     config = world.load(root, "store.shard_chunks=64", "store.workers=1")
-    dataset = lineage.dataset(config)
-    table = schema.read_pool(dataset.url).table
-    counts = table["n_tokens"].to_pylist()
-    counts[-1] += 1  # of the last of three shards
-    wrong = table.set_column(4, "n_tokens", pa.array(counts, pa.int32()))
-    storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(wrong))
+    monkeypatch.setattr(writer, "LoadTokenize", functools.partial(faults.Counts, folder=str(tmp_path)))
     why = r"1 of 3 shards failed on 2 workers and are set aside: 00002-\w{8} \(chunk .*: \d+ tokens, but dataset .* states \d+"
     with pytest.raises(WorkflowError, match=why) as caught:
         encode.run(config)
@@ -194,7 +188,7 @@ def test_a_failing_shard_is_one_line_and_the_others_stay(
     assert "shards that failed are tried again on another worker: 00002-" in capsys.readouterr().err
     store = lineage.store(config)
     assert not store.complete()
-    storage.write_bytes(dataset.path(schema.POOL), schema.to_parquet(table))
+    (tmp_path / "mended").touch()
     kept = stamps(store.url, [name for name in storage.files(store.url) if name.startswith(STATES)])
     encode.run(config)
     assert stamps(store.url, list(kept)) == kept
@@ -260,6 +254,21 @@ def test_workers_see_their_own_gpu_and_too_many_are_one_line(
     encode.run(world.load(root, "store.gpus_per_worker=1", "store.shard_chunks=8"))
     assert {line["device"] for line in lines} == {"cpu:0", "cpu:1"}
     assert len({(line["worker"], line["device"]) for line in lines}) == 2
+
+
+def test_shards_of_a_backbone_that_was_made_again_are_not_gone_on_with(world: World, reference: dict[str, bytes], tmp_path: Path) -> None:
+    root = world.clone(str(tmp_path))
+    store = lineage.store(world.load(root))
+    storage.upload(lineage.store(world.load()).url, store.url)
+    storage.remove(store.path("manifest.json"))
+    settings = storage.read_json(store.path("config.json"))
+    settings["backbone"]["digest"] = "0" * 64
+    storage.write_json(store.path("config.json"), settings)
+    with pytest.raises(
+        UserError, match=r"its shards were made with a backbone of digest 0{16}, which was made again since .*delete the store"
+    ):
+        encode.run(world.load(root))
+    assert stamps(store.url, committed_files(store))  # nothing is lost
 
 
 # ---- another store under the same root
