@@ -65,17 +65,18 @@ def run(config: Config) -> str:
     fetch(config)
     artifact = lineage.dataset(config)
     if not artifact.complete():
-        with claim.hold(artifact):
+        with claim.hold(artifact) as mine:
             if not artifact.complete():  # another run may just have ended
-                print(f"prepare: {_summary(_make(config, artifact))}")
+                print(f"prepare: {_summary(_make(config, artifact, mine))}")
     claim.sweep(artifact)
     return artifact.url
 
 
-def _make(config: Config, artifact: Artifact) -> dict[str, Any]:
+def _make(config: Config, artifact: Artifact, mine: claim.Claim) -> dict[str, Any]:
     """Makes and tracks the dataset. Returns its manifest."""
     with tracking.step(config, "prepare", artifact) as run:
-        manifest = pool.build(config, artifact, stages.inline if config.data.workers == 1 else functools.partial(_fan, config))
+        fan: pool.Fan = stages.inline if config.data.workers == 1 else functools.partial(_fan, config)
+        manifest = pool.build(config, artifact, fan, mine.check)
         described = storage.read_json(artifact.path(pool.STATISTICS))
         run.log_metrics(statistics.metrics(described))
         for name in (pool.STATISTICS, pool.REPORT):
@@ -97,6 +98,8 @@ def _fan(config: Config, stage: Any, arguments: tuple[Any, ...], tasks: list[dic
     cluster.connect(config)
     cluster.quiet_data()
     workers = min(config.data.workers, len(tasks))
+    wanted = workers + 1  # and one that reads the tasks
+    cluster.wait_for({"CPU": 1}, wanted, config.store.wait_minutes, "data.workers", "set it to 1 to read in this process")
     # A CPU each, or, where there are fewer, their part of one: with no CPU to spare for reading the tasks, the job would hang.
     cpus = min(1.0, (cluster.resources()["CPU"] - 1) / workers)
     rows = ray.data.from_items([{"task": number, **task} for number, task in enumerate(tasks)], override_num_blocks=len(tasks))

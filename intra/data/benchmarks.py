@@ -62,7 +62,8 @@ def clara(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:
     positions = files.listed({"pos_index": positions} if positions is not None else {}, "pos_index", where, "index of a document")
     gold = [documents[files.index(value, len(documents), "pos_index", where)] for value in positions]
     yield from documents
-    yield _question(where, entry, "", question, answers, _ids(gold), len(_ids(gold)), "")
+    hops = 1 if entry.benchmark == "nq" else len(_ids(gold))  # of Natural Questions each gold passage alone is the evidence
+    yield _question(where, entry, "", question, answers, _ids(gold), hops, "")
 
 
 def hotpotqa(where: str, record: Record, entry: FileConfig) -> Iterator[Item]:

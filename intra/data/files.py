@@ -65,17 +65,52 @@ def either(folder: str, name: str, present: list[str]) -> str | None:
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[IO[bytes]]:
-    """The bytes of an input file as they lie there. Raises UserError where there is no such file, WorkflowError where it cannot be read."""
+    """The bytes of an input file as they lie there. Raises UserError where there is no such file, WorkflowError where it cannot be read.
+
+    The second also while it is being read: an OSError from whoever unpacks the bytes is of what they hold, never of the storage.
+    """
     fs, path = storage.filesystem(url)
     try:
-        with fs.open(path, "rb") as file:
-            yield file
+        file = fs.open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{url}: no such file; check data.path and the file's name") from None
     except (IsADirectoryError, NotADirectoryError):
         raise UserError(f"{url}: expected a file, found a folder; check data.path and the file's name") from None
-    except (PermissionError, ConnectionError, TimeoutError, BotoCoreError, ClientError) as error:
-        raise WorkflowError(f"{url}: cannot be read ({error}); check its permissions and, for s3://, AWS_ENDPOINT_URL") from error
+    except (OSError, BotoCoreError, ClientError) as error:
+        raise _unread(url, error) from error
+    with file:
+        yield cast(IO[bytes], _Raw(url, file))
+
+
+class _Raw(io.RawIOBase):
+    """A file as its storage hands it out, whose failures are WorkflowErrors."""
+
+    def __init__(self, url: str, file: IO[bytes]) -> None:
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return int(self._file.readinto(buffer))  # type: ignore[attr-defined]
+        except (OSError, BotoCoreError, ClientError) as error:
+            raise _unread(self._url, error) from error
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, BotoCoreError, ClientError) as error:
+            raise _unread(self._url, error) from error
+
+
+def _unread(url: str, error: Exception) -> WorkflowError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return WorkflowError(f"{url}: cannot be read ({reason}); run the same command again, and where that does not help check the file's "
+                         "permissions and, for s3://, AWS_ENDPOINT_URL")  # fmt: skip
 
 
 def digest(url: str) -> str:
@@ -98,13 +133,11 @@ def unpacked(url: str) -> Iterator[IO[bytes]]:
             elif packing == "Zstandard":
                 yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), BLOCK)
             else:
-                yield file
+                yield cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, file), BLOCK))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{url}: not a sound gzip file ({error}); fetch or compress it again") from None
         except OSError as error:
-            if packing is None or isinstance(
-                error, FileNotFoundError | IsADirectoryError | PermissionError | ConnectionError | TimeoutError
-            ):
+            if packing is None:
                 raise
             raise UserError(
                 f"{url}: not a sound {packing} file ({' '.join(str(error).split())[:120]}); fetch or compress it again"

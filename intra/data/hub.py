@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from intra import storage
-from intra.data import files
+from intra.data import files, sources
 from intra.data_config import DataConfig, FileConfig
 from intra.errors import UserError, WorkflowError
 
@@ -44,7 +43,9 @@ def fetch(data: DataConfig, endpoint: str | None = None) -> list[str]:
     if not wanted:
         return []
     if storage.is_s3(str(data.path)):
-        raise UserError(f"data.path={data.path}: files of the hub are fetched to a local folder; fetch there, then copy it to s3://")
+        raise UserError(
+            f"data.path={data.path}: files of the hub are fetched to a local folder; fetch there, then copy it, .fetched too, to s3://"
+        )
     for entry in wanted:
         if data.offline or _offline():
             raise UserError(
@@ -104,7 +105,7 @@ def _fetch(data: DataConfig, entry: FileConfig, endpoint: str | None) -> str:
         raise UserError(f"{name}: sha256 is pinned as {entry.sha256}, what came has {sha256} and was removed; mend revision or sha256")
     os.replace(partial, target)
     record = {"repo": entry.repo, "revision": entry.revision, "sha256": sha256, "size": target.stat().st_size}
-    storage.write_json(str(_record(data, entry)), record)
+    storage.write_json(_record(data, entry), record)
     return str(target)
 
 
@@ -126,26 +127,26 @@ def _about(entry: FileConfig, url: str, endpoint: str | None) -> Any:
 
 
 def _here(data: DataConfig, entry: FileConfig) -> bool:
-    """Whether the file is here: fetched as the commit it is pinned to, or of the pinned checksum however it came.
+    """Whether the file is here: of the pinned checksum, however it came, or, where none is pinned, fetched as the commit it is pinned to.
 
     Raises UserError where a file is in the way of which neither can be said.
     """
-    if storage.is_s3(str(data.path)):
-        return storage.exists(storage.join(str(data.path), entry.path))
-    target, record = _target(data, entry), _record(data, entry)
-    if not target.exists():
+    url = storage.join(storage.absolute(str(data.path)), entry.path)
+    if not storage.exists(url):
         return False
+    if entry.sha256:
+        if (found := sources.digest(url)) != entry.sha256:
+            raise UserError(f"{url}: data.files pins its sha256 as {entry.sha256}, the file has {found}; remove it, or mend sha256")
+        return True
     known = {}
     with contextlib.suppress(FileNotFoundError, ValueError):  # none, or damaged: then nothing is known
-        known = json.loads(record.read_text())
-    same = known.get("repo") == entry.repo and known.get("size") == target.stat().st_size
-    if same and known.get("revision") == entry.revision and entry.sha256 in (None, known.get("sha256")):
-        return True
-    if entry.sha256 and files.digest(str(target)) == entry.sha256:
+        known = storage.read_json(_record(data, entry))
+    same = known.get("repo") == entry.repo and known.get("size") == storage.size(url)
+    if same and known.get("revision") == entry.revision:
         return True
     was = f"commit {known.get('revision')}" if same else "of unknown origin"
     raise UserError(
-        f"{target}: is not known as what data.files names ({entry.repo}, commit {entry.revision}) but {was}; remove it, name another "
+        f"{url}: is not known as what data.files names ({entry.repo}, commit {entry.revision}) but {was}; remove it, name another "
         "data.path, or, if it is what you mean, set the entry's sha256, or take out its repo"
     )
 
@@ -183,8 +184,8 @@ def _target(data: DataConfig, entry: FileConfig) -> Path:
     return Path(storage.absolute(str(data.path))) / entry.path
 
 
-def _record(data: DataConfig, entry: FileConfig) -> Path:
-    return Path(storage.absolute(str(data.path))) / ".fetched" / f"{entry.path}.json"
+def _record(data: DataConfig, entry: FileConfig) -> str:
+    return storage.join(storage.absolute(str(data.path)), ".fetched", f"{entry.path}.json")
 
 
 def _git_blob(path: Path) -> str:

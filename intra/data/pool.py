@@ -4,7 +4,8 @@
     (where there are any), config.json, tokenizer/ (where the backbone is made from scratch), manifest.json last
 
 Nothing of it is written before everything has been checked, and the same inputs give the same bytes, on any number of processes
-(`intra.data.stages` has what they do). Meanwhile <dataset>/work/ holds what was read; it is removed at the end, whatever happens.
+(`intra.data.stages` has what they do). Meanwhile <dataset>/work-<token>/ holds what was read, of each run its own; it is removed at the
+end, whatever happens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import hashlib
 import io
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +39,7 @@ REPORT = "report.md"
 MISTAKES = "mistakes.txt"
 NEAR_DUPLICATES = "near_duplicates.parquet"
 TOKENIZER = "tokenizer"
+WORK = "work"  # begins the name of a run's folder
 SLICE = 65536  # rows of a row group of pool.parquet
 
 
@@ -46,22 +49,36 @@ class Fan(Protocol):
     def __call__(self, stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]: ...
 
 
-def build(config: Config, artifact: Artifact, fan: Fan = stages.inline) -> dict[str, Any]:
+def build(config: Config, artifact: Artifact, fan: Fan = stages.inline, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Makes the dataset of a configuration at `artifact`; returns the manifest.
 
     The manifest holds pool_sha256 and questions_sha256 (of the Parquet bytes), passages, split_passages, chunks, tokens,
     longest_chunk (tokens), questions (per benchmark and split), mistakes (bad records left out) and inputs (digest of each file).
     Raises UserError naming file, line and id for bad input, WorkflowError where an input changes while it is read.
+    `check` raises where the dataset is no longer this run's to make (`claim.Claim.check`); it is asked before anything is removed, at each
+    result of `fan`, before the dataset is written, and where anything fails.
     """
-    work = artifact.path("work")
-    storage.remove(work)  # of a run that was killed
+
+    def checked(stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
+        for result in fan(stage, arguments, tasks, label):
+            check()
+            yield result
+
+    check()
+    for name in storage.names(artifact.url):
+        if name.startswith(WORK):  # of a run that was killed
+            storage.remove(artifact.path(name))
+    work = artifact.path(f"{WORK}-{uuid.uuid4().hex}")
     try:
-        return _build(config, artifact, work, fan)
+        return _build(config, artifact, work, checked, check)
+    except Exception:
+        check()  # a run that has taken over removes this one's work: then that is what to say
+        raise
     finally:
         storage.remove(work)
 
 
-def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str, Any]:
+def _build(config: Config, artifact: Artifact, work: str, fan: Fan, check: Callable[[], None]) -> dict[str, Any]:
     data = config.data
     digests = sources.digests(data)
     mistakes = Mistakes(skip=data.on_error == "skip")
@@ -96,6 +113,7 @@ def _build(config: Config, artifact: Artifact, work: str, fan: Fan) -> dict[str,
         described["input"] = {"mistakes": mistakes.count, "left_out": dict(sorted(mistakes.left_out.items())),
                               "duplicates": int(len(read) - len(read.distinct()))}  # fmt: skip
         near = _near_duplicates(table, data.near_duplicates, described)
+        check()
         return _write(config, artifact, table, asked_chunks, described, mistakes, near, folder, digests)
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from intra import storage
+from intra.artifact import Artifact
 from intra.errors import WorkflowError
 
 POOL = "pool.parquet"
 QUESTIONS = "questions.parquet"
+SHA256 = {POOL: "pool_sha256", QUESTIONS: "questions_sha256"}  # where the manifest states them
 
 POOL_SCHEMA = pa.schema(
     [("chunk_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("source", pa.string()), ("n_tokens", pa.int32())]
@@ -98,18 +101,23 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def read_pool(url: str) -> Pool:
-    """Raises WorkflowError, as the others here that read, where the dataset's file is missing or damaged."""
+    """Raises UserError, as the others here that read, where the dataset is not complete, WorkflowError where its file is missing or is not
+    as the manifest states it."""
     return Pool(_opened(url, POOL).read())
 
 
 def _opened(dataset: str, name: str) -> pq.ParquetFile:
     place = storage.join(dataset, name)
+    stated = Artifact("dataset", dataset, "", "prepare").manifest()[SHA256[name]]
     try:
-        return pq.ParquetFile(io.BytesIO(storage.read_bytes(place)))
+        data = storage.read_bytes(place)
     except FileNotFoundError:
         reason = "is missing"
-    except (pa.ArrowException, OSError) as error:
-        reason = f"is damaged ({' '.join(str(error).split())[:120]})"
+    else:
+        found = hashlib.sha256(data).hexdigest()
+        if found == stated:
+            return pq.ParquetFile(io.BytesIO(data))
+        reason = f"is damaged (SHA-256 {found[:16]}..., the manifest states {stated[:16]}...)"
     raise WorkflowError(f"{place}: {reason}; remove {dataset} and run workflows/prepare.py again")
 
 

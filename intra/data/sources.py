@@ -47,7 +47,12 @@ def identity(data: DataConfig) -> dict[str, object]:
 
 def digests(data: DataConfig) -> dict[str, str]:
     """Name -> SHA-256 (hex) of every input file's bytes; {} for the synthetic source. Raises UserError where one is missing."""
-    return {name: _digest(url, storage.stamp(url)) for name, url in inputs(data).items()}
+    return {name: digest(url) for name, url in inputs(data).items()}
+
+
+def digest(url: str) -> str:
+    """SHA-256 (hex) of an input file's bytes. Every step of a run asks, and an unchanged file is hashed once a process."""
+    return _digest(url, storage.stamp(url))
 
 
 def parts(data: DataConfig) -> list[str]:
@@ -142,5 +147,5 @@ def _read_file(data: DataConfig, part: int, mistakes: Mistakes) -> Iterator[Item
 
 @functools.lru_cache(maxsize=4096)
 def _digest(url: str, stamp: str) -> str:
-    # The stamp is only the cache's key: every step of a run asks, and an unchanged file is hashed once.
+    # The stamp is only the cache's key.
     return files.digest(url)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from intra.data import files
 from intra.data.raw import Mistakes
 from intra.data_config import DataConfig
-from intra.errors import UserError
+from intra.errors import UserError, WorkflowError
 from tests.data.conftest import bare
 from tests.data.formats import write
 
@@ -95,6 +100,49 @@ def test_damaged_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
     assert 0 < len(found) < 20_000
     assert mistakes.count == 1
     assert mistakes.messages[0].endswith(" (the rest of the file is left out)")
+
+
+class Busy(io.FileIO):
+    """A file of which one read, at a byte between `first` and `last`, fails as a busy storage does, and every other is good."""
+
+    first = last = 0
+
+    def _check(self) -> None:
+        if self.first <= self.tell() < self.last:
+            Busy.last = 0
+            raise OSError(errno.EBUSY, "Please reduce your request rate.")
+
+    def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+        self._check()
+        return super().read(size)
+
+    def readinto(self, buffer: Any) -> int | None:  # type: ignore[override]
+        self._check()
+        return super().readinto(buffer)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0.3), (0.3, 1)])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.json.zst", "a.parquet", "digest"])
+def test_a_storage_that_fails_for_a_moment_is_no_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, first: float, last: float
+) -> None:
+    monkeypatch.setattr(files, "BLOCK", 1 << 12)
+    rows = [{"n": n, "word": random.Random(n).randbytes(100).hex()} for n in range(4000)]
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        write(tmp_path / name, json.dumps(rows) if name.startswith("a.json.") else "".join(f"{json.dumps(row)}\n" for row in rows))
+    path, size = str(tmp_path / name), (tmp_path / name).stat().st_size
+    assert size > 4 * 65536  # so that what lies in the middle is not read with the beginning or the end
+    monkeypatch.setattr(LocalFileSystem, "open", lambda self, path, mode: Busy(path, mode))
+    mistakes = Mistakes(skip=True)
+    if name != "digest":
+        assert len(list(files.objects(path, mistakes))) == len(rows)
+    monkeypatch.setattr(Busy, "first", first * size)
+    monkeypatch.setattr(Busy, "last", last * size)
+    with pytest.raises(WorkflowError, match=rf"^{path}: cannot be read \(.*Please reduce your request rate.*\); run the same command"):
+        files.digest(path) if name == "digest" else list(files.objects(path, mistakes))
+    assert mistakes.count == 0
 
 
 def test_a_record_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

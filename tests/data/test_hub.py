@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from intra import storage
 from intra.data import hub, sources
 from intra.data.raw import Mistakes
 from intra.data_config import DataConfig
@@ -267,6 +268,36 @@ def test_not_onto_s3(server: Hub, s3_root: str) -> None:
     data = config(Path("x")).model_copy(update={"path": s3_root})
     with pytest.raises(UserError, match="fetched to a local folder"):
         hub.fetch(data, server.url)
+
+
+def test_a_pinned_checksum_is_compared_with_the_bytes(server: Hub, tmp_path: Path) -> None:
+    data = config(tmp_path, sha256=hashlib.sha256(CONTENT).hexdigest())
+    hub.fetch(data, server.url)
+    (tmp_path / "big.jsonl").write_bytes(CONTENT.replace(b"1950", b"1951", 1))  # as many as before
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/big.jsonl: data.files pins its sha256 as [0-9a-f]{{64}}, the file has [0-9a-f]{{64}};"
+    ):
+        hub.missing(data)
+
+
+def test_what_was_copied_to_s3_is_judged_as_on_the_disk(server: Hub, tmp_path: Path, s3_root: str) -> None:
+    def there(revision: str = COMMIT, sha256: str = "") -> DataConfig:
+        return config(tmp_path, revision=revision, sha256=sha256).model_copy(update={"path": s3_root})
+
+    assert len(hub.missing(there())) == 1
+    hub.fetch(config(tmp_path), server.url)
+    storage.write_bytes(f"{s3_root}/big.jsonl", CONTENT)
+    with pytest.raises(
+        UserError, match=rf"^{s3_root}/big.jsonl: is not known as what data.files names .* but of unknown origin; remove it"
+    ):
+        hub.missing(there())
+    assert hub.missing(there(sha256=hashlib.sha256(CONTENT).hexdigest())) == []
+    storage.upload(tmp_path, s3_root)
+    assert hub.missing(there()) == []
+    with pytest.raises(UserError, match=f"but commit {COMMIT}; remove it"):
+        hub.missing(there(revision="f" * 40))
+    with pytest.raises(UserError, match=r"pins its sha256 as 0{64}, the file has [0-9a-f]{64}; remove it, or mend"):
+        hub.missing(there(sha256="0" * 64))
 
 
 def test_packed_files_stay_packed(server: Hub, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from intra import storage
 from intra.artifact import Artifact
 from intra.data import duplicates, pool, questions, raw, schema, stages
-from intra.errors import UserError
+from intra.errors import UserError, WorkflowError
 from tests.data import formats
 from tests.data.conftest import make, write_lines
 from tests.data.formats import text_of, write, write_parquet
@@ -285,6 +286,16 @@ def test_fairness_switches(benchmarks: Path, artifact: Artifact) -> None:
         name: question for name, question in before.items() if name != nq}  # fmt: skip
 
 
+@pytest.mark.parametrize("nq_gold", ["all", "one"])
+def test_alternative_passages_are_no_hops(benchmarks: Path, artifact: Artifact, nq_gold: str) -> None:
+    files = [*FILES[:3], *({"format": kind, "path": path, "benchmark": "nq", "split": split} for kind, path, split in (
+        ("dpr", "nq.json", "train"), ("clara", "clara.jsonl", "test")))]  # fmt: skip
+    build(benchmarks, artifact, files=files, nq_gold=nq_gold)
+    found = [question for question in schema.read_questions(artifact.url) if question.benchmark == "nq"]
+    assert sorted((question.split, question.hops, len(question.gold)) for question in found) == [
+        ("test", 1, 1), ("test", 1, 2 if nq_gold == "all" else 1), ("train", 1, 2 if nq_gold == "all" else 1)]  # fmt: skip
+
+
 def test_the_union_needs_musique(folder: Path, tmp_path: Path, artifact: Artifact) -> None:
     with pytest.raises(UserError, match=r"data.musique_train=union: it needs a benchmark 'musique', and .*; found lakes, rivers: add"):
         pool.build(make(folder, tmp_path, musique_train="union"), artifact)
@@ -308,6 +319,53 @@ def test_a_dataset_without_questions_is_none(benchmarks: Path, artifact: Artifac
     with pytest.raises(UserError, match=found):
         build(benchmarks, artifact, files=[FILES[2], FILES[5]], on_error="skip")
     assert storage.files(artifact.url) == []
+
+
+# -- one run after another --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_taken_over_leaves_its_successors_work(benchmarks: Path, tmp_path: Path, artifact: Artifact) -> None:
+    """The first run is held up after reading; the second takes over, and goes on tokenizing once the first has found out and ended."""
+    started, taken = threading.Event(), threading.Event()
+    caught: list[Exception] = []
+
+    def held_up(stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
+        if label == "tokenize":
+            started.set()
+            assert taken.wait(60)
+        yield from stages.inline(stage, arguments, tasks, label)
+
+    def check() -> None:
+        if taken.is_set():
+            raise WorkflowError("taken over")
+
+    def first() -> None:
+        try:
+            pool.build(config, artifact, held_up, check)
+        except Exception as error:
+            caught.append(error)
+
+    def second(stage: Any, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
+        if label == "tokenize":
+            taken.set()
+            thread.join()
+        yield from stages.inline(stage, arguments, tasks, label)
+
+    config = make(benchmarks, tmp_path, source="files", files=FILES)
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert started.wait(60)
+    pool.build(config, artifact, second)
+    assert [str(error) for error in caught] == ["taken over"]
+    again = Artifact("dataset", str(tmp_path / "again"), "0" * 16, "prepare")
+    pool.build(config, again)
+    assert contents(artifact) == contents(again)
+
+
+def test_what_a_killed_run_left_is_removed(benchmarks: Path, artifact: Artifact) -> None:
+    storage.write_bytes(artifact.path(f"{pool.WORK}-0123", "passages", "00000-00000.parquet"), b"cut off")
+    build(benchmarks, artifact)
+    assert not [name for name in storage.names(artifact.url) if name.startswith(pool.WORK)]
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

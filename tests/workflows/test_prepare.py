@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from intra import cli, lineage, storage
 from intra.config import load
+from intra.data import stages
 from intra.errors import UserError, WorkflowError
 from intra.store import claim
 from tests.data.conftest import PASSAGES, folder, make, write_lines  # noqa: F401  (folder is a fixture)
@@ -80,6 +84,33 @@ def test_two_runs_do_not_make_one_dataset_at_once(file: str, capsys: pytest.Capt
         assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file]) == 1
     assert f"error: dataset {artifact.url} is being made by another run" in capsys.readouterr().err
     assert storage.files(artifact.url) == []
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_nothing(
+    file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(file)
+    artifact = lineage.dataset(config)
+
+    def taken_over(*arguments: Any) -> Iterator[dict[str, Any]]:
+        storage.write_bytes(artifact.path(claim.CLAIM, "000002.json"), claim._text("another"))
+        time.sleep(0.5)  # the claim is looked at meanwhile
+        yield from inline(*arguments)
+
+    inline = stages.inline
+    monkeypatch.setattr(claim, "RENEWED", 0.02)
+    monkeypatch.setattr(stages, "inline", taken_over)
+    assert cli.main(prepare.__doc__, prepare.plan, prepare.run, ["--config", file]) == 1
+    assert "has taken it over; this run stops" in capsys.readouterr().err
+    assert storage.names(artifact.url) == [claim.CLAIM]
+
+
+def test_workers_are_refused_where_the_cluster_has_no_machine(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare.cluster, "fits", lambda worker: 0)
+    monkeypatch.setattr(prepare.cluster, "connect", lambda config: None)
+    monkeypatch.setattr(prepare.cluster, "resources", lambda: {"CPU": 0.0, "GPU": 0.0})
+    with pytest.raises(UserError, match=r"data\.workers: no worker of 1 CPU fits: there are .* here; set it to 1 to read in this process"):
+        next(prepare._fan(load(file, ["data.workers=2"]), Deadly, (), [{"part": 0}, {"part": 1}], "read"))
 
 
 @pytest.mark.parametrize(
