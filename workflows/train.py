@@ -1,7 +1,8 @@
 """Trains the retriever with Ray Train: retrieval tokens and layer weights, against the frozen backbone and the chunk store.
 
     python workflows/train.py --config configs/quickstart.yaml [section.key=value ...] [--dry-run]
-    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/train.py --config configs/paper.yaml root=s3://bucket/run
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/train.py --config configs/paper.yaml \\
+        root=s3://bucket/run data.path=s3://bucket/data tracking.uri=http://MLFLOW:5000
 
 Needs the dataset (workflows/prepare.py) and the store (workflows/encode.py). Makes <root>/retriever/<fingerprint>/: model.safetensors,
 config.json, README.md, curve.parquet, initial/ (S_0 of the training questions), bm25/ (their BM25 ranking, where
@@ -26,7 +27,8 @@ from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.backbone import locate
 from intra.config import Config
-from intra.errors import UserError, WorkflowError
+from intra.errors import UserError
+from intra.store import claim
 
 CURVE = "curve.parquet"
 INITIAL = "initial"
@@ -65,8 +67,11 @@ def run(config: Config) -> str:
     device = _device(config)
     _check_prefixes(config)
     _check_questions(config)
-    with tracking.step(config, "train", artifact) as step:
-        _make(config, artifact, device, step)
+    lineage.check_store(config)
+    with claim.hold(artifact):
+        if not artifact.complete():  # another run may just have ended
+            with tracking.step(config, "train", artifact) as step:
+                _make(config, artifact, device, step)
     return artifact.url
 
 
@@ -125,6 +130,8 @@ def _fit(config: Config, artifact: Artifact, settings: dict[str, Any]) -> None:
     recipe = config.retriever.train
     on_gpu = recipe.gpus_per_worker > 0
     resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
+    minutes, remedy = config.store.wait_minutes, "lower retriever.train.workers, threads or gpus_per_worker"
+    cluster.wait_for(resources, recipe.workers, minutes, "retriever.train.workers", remedy, least=recipe.workers)
     trainer = TorchTrainer(
         _worker,
         train_loop_config=settings,
@@ -136,8 +143,7 @@ def _fit(config: Config, artifact: Artifact, settings: dict[str, Any]) -> None:
         with _progress(config, artifact):
             trainer.fit()
     except TrainingFailedError as error:
-        raise WorkflowError(f"train {artifact.url}: {' '.join(str(error).split())[:600]}; the same command goes on from the last "
-                            "checkpoint") from error  # fmt: skip
+        raise cluster.training_failed(f"train {artifact.url}", error) from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Warm-starts a backbone with Ray Train: question answering over packed, separately encoded chunks.
 
     python workflows/warmstart.py --config configs/quickstart.yaml backbone.train=true [section.key=value ...] [--dry-run]
-    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/warmstart.py --config configs/paper.yaml root=s3://bucket/run
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/warmstart.py --config configs/paper.yaml \\
+        root=s3://bucket/run data.path=s3://bucket/data tracking.uri=http://MLFLOW:5000
 
 Needs the dataset (workflows/prepare.py) and, over a frozen encoder, the store (workflows/encode.py), whose states it reads. Without
 `backbone.train` there is nothing to do: the backbone is `backbone.model`.
@@ -30,6 +31,7 @@ from intra.artifact import Artifact
 from intra.backbone import card, whitened
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
+from intra.store import claim
 
 if TYPE_CHECKING:
     from intra.data.schema import Pool, Question
@@ -45,7 +47,10 @@ def plan(config: Config) -> list[str]:
     """What exists and what will be made. Makes nothing."""
     if not config.backbone.train:
         return [f"warmstart: nothing to train; the backbone is '{config.backbone.model}' ({lineage.backbone(config).url})"]
-    backbone, dataset = lineage.backbone(config), lineage.dataset(config)
+    dataset = lineage.dataset(config)
+    if lineage.over_encoder(config) and not dataset.complete():
+        return [f"warmstart: waits for the dataset {dataset.url} (workflows/prepare.py)"]
+    backbone = lineage.backbone(config)
     if backbone.complete():
         return [f"warmstart: backbone {backbone.url} is complete"]
     recipe = config.backbone.warmstart
@@ -70,11 +75,19 @@ def run(config: Config) -> str:
     manifest = lineage.dataset(config).manifest()
     if config.data.source != "synthetic" and not any(splits.get("train") for splits in manifest["questions"].values()):
         raise UserError("backbone.train: the dataset has no training questions; add some (data.train_split) or set backbone.train=false")
+    if config.data.source != "synthetic":  # a dataset that was not made to be trained on may lack answers
+        described = storage.read_json(lineage.dataset(config).path("statistics.json"))["questions"]
+        lacking = {name: splits["train"]["without_answer"] for name, splits in described.items() if "train" in splits}
+        if any(lacking.values()):
+            found = ", ".join(f"{count:,} of {name}" for name, count in lacking.items() if count)
+            raise UserError(f"backbone.train: training questions have no answer ({found}); add their answers, or set backbone.train=false")
     if lineage.over_encoder(config):
         lineage.store(config).manifest()  # there, and complete
         whitened.make(config)  # as it is, unless it was deleted since the store was made
-    with tracking.step(config, "warmstart", backbone) as step:
-        _make(config, backbone, step)
+    with claim.hold(backbone):
+        if not backbone.complete():  # another run may just have ended
+            with tracking.step(config, "warmstart", backbone) as step:
+                _make(config, backbone, step)
     return backbone.url
 
 
@@ -82,22 +95,39 @@ def run(config: Config) -> str:
 
 
 def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
-    from intra.backbone import checkpoint as checkpoints
-    from intra.backbone import curriculum, tiny
-    from intra.data.schema import to_parquet
-
     dataset = lineage.dataset(config)
-    manifest = dataset.manifest()
-    step.log_input("questions", manifest["questions_sha256"], dataset.url)
+    step.log_input("questions", dataset.manifest()["questions_sha256"], dataset.url)
     training = f"{artifact.url}.training"
     started = time.monotonic()
     checkpoint = _fit(config, training, step)
-    seconds = time.monotonic() - started
+    work = (config.model_dump(), checkpoint, time.monotonic() - started, (step.uri, step.run_id))
+    recipe = config.backbone.warmstart
+    if cluster.joined() and recipe.gpus_per_worker > 0:
+        worker = {"CPU": float(recipe.threads), "GPU": 1.0}
+        cluster.apart(_finish, *work, worker=worker, name=f"warm start in {training}")
+    else:
+        _finish(*work)
+    storage.remove(training)
+
+
+def _finish(values: dict[str, Any], checkpoint: Any, seconds: float, run: tuple[str, str]) -> None:
+    """The artifact, from the last checkpoint: what the model reads, its weights, card and curve. On a GPU where its workers had some."""
+    import torch
+
+    from intra.backbone import checkpoint as checkpoints
+    from intra.backbone import curriculum, tiny
+    from intra.config import parse
+    from intra.data.schema import to_parquet
+
+    config, step = parse(values), tracking.attach(*run)
+    artifact, dataset = lineage.backbone(config), lineage.dataset(config)
     module = _module(config, dataset.url)
     with checkpoint.as_directory() as folder:
         checkpoints.load(module, None, Path(folder))
         rows = json.loads((Path(folder) / CURVE).read_text())
     backbone = module.backbone
+    if config.backbone.warmstart.gpus_per_worker > 0 and torch.cuda.is_available():
+        backbone.model.to("cuda")
     stages = curriculum.stages(config.backbone.warmstart)
     reads = any(stage.recipe.losses.answer for stage in stages)
     scores = card.reading(config, backbone) if reads else {}
@@ -111,7 +141,7 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
         (Path(temporary) / "curve.png").write_bytes(card.figure(rows, {stage.start: stage.name for stage in stages}))
         for name in ("README.md", "curve.parquet", "curve.png"):
             step.log_artifact(Path(temporary) / name, name)
-        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(temporary).iterdir())}
+        digests = {path.name: _sha256(path) for path in sorted(Path(temporary).iterdir())}
         storage.upload(temporary, artifact.url)
     # Not config.json, which is the model's own here.
     storage.write_json(artifact.path("run.json"), tracking.resolved(config))
@@ -125,7 +155,11 @@ def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
             "reading": {name: value for name, (value, _) in scores.items()},
         }
     )
-    storage.remove(training)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:  # the weights may be larger than the memory
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _fit(config: Config, training: str, step: tracking.Run) -> Any:
@@ -138,6 +172,8 @@ def _fit(config: Config, training: str, step: tracking.Run) -> Any:
     on_gpu = recipe.gpus_per_worker > 0
     progress = storage.join(training, "progress.json") if sys.stderr.isatty() else None
     resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
+    minutes, remedy = config.store.wait_minutes, "lower backbone.warmstart.workers, threads or gpus_per_worker"
+    cluster.wait_for(resources, recipe.workers, minutes, "backbone.warmstart.workers", remedy, least=recipe.workers)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -160,8 +196,7 @@ def _fit(config: Config, training: str, step: tracking.Run) -> Any:
         with _bar(recipe.steps, progress):
             result = trainer.fit()
     except TrainingFailedError as error:
-        raise WorkflowError(f"warm start in {training}: {' '.join(str(error).split())[:600]}; the same command goes on from the last "
-                            "checkpoint") from error  # fmt: skip
+        raise cluster.training_failed(f"warm start in {training}", error) from error
     if result.checkpoint is None:
         raise WorkflowError(f"warm start in {training}: no checkpoint was written; delete the folder and run the same command again")
     return result.checkpoint

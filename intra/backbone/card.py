@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from intra import lineage
 from intra.artifact import Artifact
+from intra.backbone import locate
 from intra.config import Config
 
 QUESTIONS = 300  # of the test split, for the scores of reading
@@ -106,6 +107,18 @@ def _start(config: Config) -> str:
     return f"`{config.backbone.model}`"
 
 
+def _license(config: Config) -> str:
+    """The lines of the card that say whose weights these are made of, whose licence goes with them; "other": not one that is known here."""
+    model = config.backbone.model
+    if lineage.over_encoder(config):
+        return "license: other"
+    if lineage.from_scratch(config) or model == "quickstart":
+        return "license: apache-2.0"
+    if not locate.on_hub(model):
+        return "license: other"
+    return f"license: {'gemma' if model.lower().startswith('google/t5gemma') else 'other'}\nbase_model: {model}"
+
+
 def card(
     config: Config, dataset: Artifact, parameters: int, seconds: float, metrics: Mapping[str, Any], scores: dict[str, tuple[float, int]]
 ) -> str:
@@ -152,7 +165,7 @@ def card(
     last = ", ".join(f"{name} {value:.3f}" for name, value in sorted(metrics.items()) if name not in ("run", "step", "stage"))
     return f"""---
 library_name: transformers
-license: apache-2.0
+{_license(config)}
 tags: [t5gemma2, intra]
 ---
 # {title} for intrinsic retrieval

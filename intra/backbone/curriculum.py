@@ -10,7 +10,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from intra.backbone.model import Backbone
 from intra.backbone.packing import EARLY, LATE, Batch, Look, PackedWorld, answer_segment, collate, retrieval_segment
@@ -299,6 +299,7 @@ def question_batches(
                         [place[row] for row in group],
                         pool.titles[group[-1]],
                         question.type in NAMED,
+                        {pool.row_of[chunk] for chunks in question.gold for chunk in chunks},
                     )
                     for question, group in zip(drawn, gold, strict=True)
                 ]
@@ -335,6 +336,7 @@ class Asked:
     gold: list[int]  # chunks of the world, in hop order
     bridge: str  # the title of the last gold chunk
     named: bool = False  # the question names all its gold chunks
+    answering: set[int] = field(default_factory=set)  # rows of a pool: its gold, and what could stand for it
 
 
 def _pack(
@@ -372,6 +374,7 @@ def _pack(
             segment = retrieval_segment(prompts[index], offsets, visible, gold[::-1] if named else gold, echo)
             if bridges[index] and gold[0] in visible:
                 segment.looks = [Look(place, EARLY, bridges[index]) for place in segment.probes]
+            segment.answering = asked[index].answering
             segments.append(segment)
     return PackedWorld(chunks, segments, _kept(rng, len(chunks), recipe), list(rows))
 

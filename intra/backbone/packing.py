@@ -41,7 +41,7 @@ class Segment:
     ids, positions, labels: one entry a token; visible: the chunks of its world it may read, by index. A retrieval
     segment also has `probes`, the places (in the segment) whose queries retrieve, and `gold`, chunks in the order in which the
     layers are to find them. Where the backbone echoes the question, `echo` is its encoder input and its states stand right before the
-    first probe. `looks` is what the attention loss supervises.
+    first probe. `looks` is what the attention loss supervises. `answering`: rows of the pool that are or could stand for its gold.
     """
 
     ids: list[int]
@@ -52,6 +52,7 @@ class Segment:
     gold: list[int] = field(default_factory=list)
     echo: list[int] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
+    answering: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Batch:
     gold: Tensor  # float [S, C + E]: the share of each chunk among the question's gold
     first: Tensor  # float [S, C + E]: 1 for the first gold chunk
     last: Tensor  # float [S, C + E]: the same for the last
+    left_out: Tensor  # bool [S, C + E]: chunks that answer the question as its gold does, and so are no negatives of it
     kept: Tensor  # bool [C + E, P]: the pooled vectors of each chunk that the retrieval and hop losses score
     echoes: list[list[int]]  # encoder inputs of S questions, or none; each has X_s states between its first and its last
     echo_columns: Tensor  # long [S, X]: where they stand, X of the longest
@@ -125,7 +127,7 @@ def collate(
     chunks = [chunk for world in worlds for chunk in world.chunks]
     longest = max(len(chunk) for chunk in chunks)
     gather, memory_chunk, rows = [], [], []
-    probe_rows, probe_columns, golds = [], [], []
+    probe_rows, probe_columns, golds, answering = [], [], [], []
     echoes, echo_columns = [], []
     looks: list[tuple[int, int, int, list[int]]] = []
     width = max(len(world.chunks) for world in worlds)
@@ -149,6 +151,7 @@ def collate(
                 probe_rows.append([number] * len(segment.probes))
                 probe_columns.append([start + place for place in segment.probes])
                 golds.append([offset + chunk for chunk in segment.gold])
+                answering.append(segment.answering)
                 if segment.echo:
                     first_probe = start + segment.probes[0]
                     echoes.append(segment.echo)
@@ -161,6 +164,11 @@ def collate(
     first, last = torch.zeros_like(gold), torch.zeros_like(gold)
     for number, group in enumerate(golds):
         first[number, group[0]] = last[number, group[-1]] = 1
+    chunk_rows = [row for world in worlds for row in world.rows]
+    left_out = torch.zeros_like(gold, dtype=torch.bool)
+    for number, rows_of_gold in enumerate(answering):
+        if rows_of_gold:
+            left_out[number] = torch.tensor([row in rows_of_gold for row in (*chunk_rows, *extra_rows)]) & (gold[number] == 0)
     places = _padded(gather, 0)
     target = torch.zeros(len(looks), places.shape[1], dtype=torch.bool)
     for number, look_at in enumerate(looks):
@@ -168,7 +176,7 @@ def collate(
     return Batch(
         chunks=chunks,
         extra=list(extra),
-        rows=[row for world in worlds for row in world.rows],
+        rows=chunk_rows,
         extra_rows=list(extra_rows),
         gather=places,
         memory_chunk=_padded(memory_chunk, -1),
@@ -182,6 +190,7 @@ def collate(
         gold=gold,
         first=first,
         last=last,
+        left_out=left_out,
         echoes=echoes,
         echo_columns=_padded(echo_columns, 0) if echoes else torch.zeros(0, 0, dtype=torch.long),
         echoed=_padded([[1] * len(columns) for columns in echo_columns], 0).bool() if echoes else torch.zeros(0, 0, dtype=torch.bool),

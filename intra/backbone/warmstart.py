@@ -44,8 +44,10 @@ from intra.backbone.curriculum import stage_at
 from intra.backbone.model import Backbone
 from intra.backbone.packing import EARLY, IGNORE, LATE, Batch, masks, pooled
 from intra.config import LossConfig, WarmstartConfig
+from intra.errors import WorkflowError
 
 GATHERED = 2**26  # numbers of the attention loss's keys, a copy for each look, at most
+OUT = -1e9  # score of a chunk that is left out; not -inf, which times a share of 0 is not a number
 
 
 class _Sink:
@@ -62,6 +64,18 @@ class _Sink:
 
     def __getitem__(self, key: Any) -> Tensor:
         return self._found[key]
+
+
+class _Passed(torch.autograd.Function):  # type: ignore[misc]
+    """The first tensor as it is; the second is reached by the backward pass, but gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, reached: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class WarmStart(torch.nn.Module):  # type: ignore[misc]
@@ -109,21 +123,25 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
         batch = batch.to(self.backbone.device)
         config = self.model.config.decoder
         own, cross = masks(batch, config.sliding_window)
+        trained = batch.labels != IGNORE
+        answered = bool(trained.any())
         sink = _Sink()
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.bfloat16 and not self.sharded):
             states = self._states(batch.chunks, batch.rows)
             memory = states.flatten(0, 1)[batch.gather]
             vectors = self._vectors(batch, states) if scored else None
             # A sharded layer's weights are whole within its own forward only: there it makes the keys, in `_keep_keys`.
-            asked = {"key_sink": sink, "key_vectors": vectors, "key_memory": bool(losses.attention)} if self.sharded else {}
+            asked: dict[str, Any] = {}
+            if self.sharded:
+                unread = None if answered else self.backbone.layers - 1
+                asked = {"key_sink": sink, "key_vectors": vectors, "key_memory": bool(losses.attention), "unread": unread}
             read = {"inputs_embeds": self._echoed(batch)} if batch.echoes else {"input_ids": batch.ids}
             with capturing(self.model):
                 hidden = self.model.get_decoder()(
                     **read, attention_mask=own, position_ids=batch.positions, encoder_hidden_states=memory,
                     encoder_attention_mask=cross, use_cache=False, query_sink=sink, **asked,
                 ).last_hidden_state  # fmt: skip
-            trained = batch.labels != IGNORE
-            logits = self.model.lm_head(hidden[trained]).float() if trained.any() else None
+            logits = self.model.lm_head(hidden[trained]).float() if answered else None
             scores = self._scores(batch, vectors, sink).float() if vectors is not None else None
             mass = self._attention(batch, memory, cross["full_attention"], sink).float() if losses.attention else None
         parts: dict[str, Tensor] = {}
@@ -136,8 +154,8 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
             right = logits.argmax(-1) == labels
             out = {"answer_token_accuracy": right.float().mean(), "answer_accuracy": _whole(right, batch.segment, trained)}
         if scores is not None:
-            parts["retrieval"] = self._retrieval(scores, batch.gold)
-            early, late = torch.einsum("sclh,klh->ksc", scores, self._each(self.alpha_hop) * self.halves)
+            parts["retrieval"] = self._retrieval(scores, batch.gold, batch.left_out)
+            early, late = torch.einsum("sclh,klh->ksc", scores, self._each(self.alpha_hop) * self.halves).masked_fill(batch.left_out, OUT)
             parts["hop"] = (functional.cross_entropy(early, batch.first) + functional.cross_entropy(late, batch.last)) / 2
             out["first_hop_accuracy"] = _hit(early, batch.first)
             out["last_hop_accuracy"] = _hit(late, batch.last)
@@ -148,18 +166,21 @@ class WarmStart(torch.nn.Module):  # type: ignore[misc]
                     out[f"{name}_attention"] = mass[batch.look_half == half].mean()
         weights = losses.model_dump()
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
+        if self.sharded and not answered:
+            # Nothing reads the last layer's output, by whose gradient FSDP knows when the backward pass needs that layer's weights.
+            total = _Passed.apply(total, hidden)
         return {"total": total, **parts, **out}
 
     def _each(self, alpha: Tensor) -> Tensor:
         """A weight for every head: [..., layers, heads], of one a head or one a layer."""
         return alpha.expand(*alpha.shape[:-1], self.backbone.heads)
 
-    def _retrieval(self, scores: Tensor, gold: Tensor) -> Tensor:
-        """The retrieval loss of scores [S, C + E, layers, heads] against gold [S, C + E], each row's shares."""
+    def _retrieval(self, scores: Tensor, gold: Tensor, left_out: Tensor) -> Tensor:
+        """The retrieval loss of scores [S, C + E, layers, heads] against gold [S, C + E], each row's shares, among what is not left out."""
         alpha = self._each(self.alpha) * self.shares
         if self.scoring == "per_head":
-            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, alpha), gold)
-        layers = torch.einsum("sclh,lh->slc", scores, alpha).log_softmax(-1)
+            return functional.cross_entropy(torch.einsum("sclh,lh->sc", scores, alpha).masked_fill(left_out, OUT), gold)
+        layers = torch.einsum("sclh,lh->slc", scores, alpha).masked_fill(left_out[:, None], OUT).log_softmax(-1)
         mixture = layers.logsumexp(1) - math.log(self.backbone.layers)
         return -(gold * mixture).sum(-1).mean()
 
@@ -257,12 +278,16 @@ def _whole(right: Tensor, segment: Tensor, trained: Tensor) -> Tensor:
     return 1 - wrong.mean()
 
 
-def _keep_keys(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-    """Forward hook of a sharded decoder layer's attention: keys of what the call asks for, as `Backbone.keys` makes them."""
+def _keep_keys(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    """Forward hook of a sharded decoder layer's attention: keys of what the call asks for, as `Backbone.keys` makes them.
+
+    The output of the layer that nothing reads is cut off: not every kernel's backward takes a gradient that is not there.
+    """
     wanted = {"vectors": kwargs.get("key_vectors"), "memory": kwargs["encoder_hidden_states"] if kwargs.get("key_memory") else None}
     for name, vectors in wanted.items():
         if vectors is not None:
             kwargs["key_sink"][name, module.layer_idx] = module.k_norm(module.k_proj(vectors).unflatten(-1, (-1, module.head_dim)))
+    return (output[0].detach(), *output[1:]) if module.layer_idx == kwargs.get("unread") else output
 
 
 def place(module: WarmStart, recipe: WarmstartConfig, device: torch.device, workers: int = 1) -> None:
@@ -372,6 +397,8 @@ def train(
     tensors over the processes, in place. `checkpoint(step, metrics)` is called after every `checkpoint_every` steps, at the end
     of a stage and after the last step, with the number of finished steps and the means since the call before, over all
     processes, and the stage's number. `done(step)` is called after each step.
+
+    Raises WorkflowError where a step's gradients are not finite, before the weights are changed by them.
     """
     module.train()
     totals: dict[str, Tensor] = {}  # name -> [sum, count]
@@ -388,7 +415,10 @@ def train(
         if reduce is not None:
             # FSDP has averaged the gradients of what is sharded.
             reduce([parameter.grad for parameter in parameters if parameter.grad is not None and not isinstance(parameter, DTensor)])
-        _clip(parameters, recipe.clip)
+        norm = _clip(parameters, recipe.clip)
+        if not norm.isfinite():
+            raise WorkflowError(f"warmstart: step {step}: loss or gradient is not a finite number; lower backbone.warmstart.learning_rate "
+                                "and matrix_learning_rate")  # fmt: skip
         optimizer.step(step)
         if done is not None:
             done(step + 1)
@@ -414,18 +444,18 @@ def _means(totals: Mapping[str, Tensor], device: torch.device, reduce: Callable[
     return {name: total / count for name, (total, count) in zip(METRICS, table.tolist(), strict=True) if count}
 
 
-def _clip(parameters: Sequence[Tensor], limit: float) -> None:
-    """Scales the gradients to a common norm of at most `limit`."""
+def _clip(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """Scales the gradients to a common norm of at most `limit`. Returns the norm they had, of all processes' shares: a scalar."""
     sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor) and parameter.grad is not None]
     if not sharded:
-        torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
     whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor) and parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in sharded]).full_tensor()
     if whole:
         norm = torch.hypot(norm, torch.nn.utils.get_total_norm([parameter.grad for parameter in whole]))
     for group in (sharded, whole):
         torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return norm
 
 
 def measure(module: WarmStart, fresh: Mapping[str, Batch]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -26,6 +27,9 @@ try:
 except (UserError, WorkflowError) as error:
     print(f"{type(error).__name__}: {error}")
 """
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def ask(cache: Path, *arguments: str, **variables: str) -> str:
@@ -52,6 +56,23 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+class Gated(Refusing):
+    """A hub that tells what a gated model's files are, and gives none of them."""
+
+    def do_GET(self) -> None:
+        file = {"type": "file", "path": "config.json", "rfilename": "config.json", "size": 2, "oid": COMMIT}
+        told = [file] if "/tree/" in self.path else {"id": "someone/some-model", "sha": COMMIT, "siblings": [file]}
+        body = json.dumps(told).encode() if self.path.startswith("/api/models/") else b""
+        self.send_response(200 if body else 401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
 
 
 class RefusingRevision(Refusing):
@@ -105,12 +126,18 @@ def test_no_such_revision(hub: str, tmp_path: Path) -> None:
     assert found.startswith("UserError: backbone.model 'someone/some-model' at revision 'v9': the hub has no such revision")
 
 
+@pytest.mark.parametrize("hub", [Gated], indirect=True)
+def test_a_model_whose_licence_was_not_accepted(hub: str, tmp_path: Path) -> None:
+    found = ask(tmp_path, HF_ENDPOINT=hub)
+    assert found.startswith("UserError: backbone.model 'someone/some-model': the hub asks for its licence to be accepted")
+    assert found.endswith("set HF_TOKEN")
+
+
 def test_a_cached_model_is_found_offline(folder: Path, tmp_path: Path) -> None:
     """As the hub's client lays it out; its digest is that of the same files in a directory."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--someone--some-model"
-    shutil.copytree(folder, cached / "snapshots" / commit)
+    shutil.copytree(folder, cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
+    (cached / "refs" / "main").write_text(COMMIT)
     assert ask(tmp_path, HF_HUB_OFFLINE="1") == digest(str(folder))
-    assert ask(tmp_path, commit, HF_HUB_OFFLINE="1") == digest(str(folder))
+    assert ask(tmp_path, COMMIT, HF_HUB_OFFLINE="1") == digest(str(folder))

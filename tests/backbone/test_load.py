@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +230,42 @@ def test_s3(folder: Path, s3_root: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert digest(url) == digest(str(folder))
     assert tokenizer_digest(url + "/") == tokenizer_digest(str(folder))
     assert resolve(url) == place  # not fetched twice
-    assert not [path for path in place.parent.iterdir() if "." in path.name]
+    assert not list(place.parent.glob("*.partial"))
     storage.write_bytes(url + "/generation_config.json", (folder / "generation_config.json").read_bytes() + b" ")
     assert digest(url) != digest(str(folder))  # a change in the bucket is seen
     storage.write_bytes(url + "/config.json", b'{"model_type": "bert"}')
     with pytest.raises(UserError, match="'bert'"):
         backbone_model.load(url)
+
+
+def test_of_those_that_want_a_backbone_on_s3_one_fetches_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object once and by pieces, beside what a killed process left."""
+    place, fetched = Path(f"{tmp_path}/tmp/intra-backbones-{os.getuid()}"), []
+    place.parent.mkdir()
+    names = sorted(path.name for path in folder.iterdir())
+
+    def fetch(url: str, path: Path) -> None:
+        fetched.append(url.rpartition("/")[2])
+        path.parent.mkdir(exist_ok=True)
+        time.sleep(0.05)
+        shutil.copy(folder / fetched[-1], path)
+
+    monkeypatch.setattr("tempfile.tempdir", str(place.parent))
+    monkeypatch.setattr(storage, "names", lambda url: names)
+    monkeypatch.setattr(storage, "stamp", lambda url: "stamp")
+    monkeypatch.setattr(storage, "fetch", fetch)
+    with ThreadPoolExecutor(4) as threads:  # a lock of its own for each, as for processes
+        found = set(threads.map(resolve, ["s3://bucket/model"] * 4))
+    assert len(found) == 1
+    assert sorted(fetched) == names
+    (target,) = found
+    left = target.rename(f"{target}.partial") / "half.tmp"
+    left.write_bytes(b"killed")
+    assert resolve("s3://bucket/model") == target
+    assert sorted(path.name for path in target.iterdir()) == names
+    assert sorted(fetched) == sorted(2 * names)
+    monkeypatch.setattr(storage, "fetch", lambda url, path: (fetch(url, path), 1 / 0))
+    monkeypatch.setattr(storage, "stamp", lambda url: "another")
+    with pytest.raises(ZeroDivisionError):
+        resolve("s3://bucket/model")
+    assert not list(place.glob("*.partial"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from intra.backbone import locate, model
 from intra.config import Config
 from intra.data import schema
 from intra.retrieval.retriever import Retriever
-from intra.store import writer
+from intra.store import claim, writer
 from intra.store.format import Shard
 from workflows import train
 
@@ -67,12 +68,18 @@ def make_dataset(config: Config) -> list[str]:
     texts, questions = toy.world()
     empty = [""] * len(texts)
     columns = {"chunk_id": [toy.chunk_id(row) for row in range(len(texts))], "title": empty, "text": texts, "source": empty}
-    table = pa.table({**columns, "n_tokens": [1] * len(texts)}, schema=schema.POOL_SCHEMA)
-    artifact = lineage.dataset(config)
-    storage.write_bytes(artifact.path(schema.POOL), schema.to_parquet(table))
-    storage.write_bytes(artifact.path(schema.QUESTIONS), schema.to_parquet(schema.questions_table(questions)))
-    artifact.finish({"pool_sha256": "p", "questions_sha256": "q", "questions": {"toy": {"train": len(questions)}}})
+    pool = schema.to_parquet(pa.table({**columns, "n_tokens": [1] * len(texts)}, schema=schema.POOL_SCHEMA))
+    storage.write_bytes(lineage.dataset(config).path(schema.POOL), pool)
+    ask(config, questions, hashlib.sha256(pool).hexdigest())
     return texts
+
+
+def ask(config: Config, questions: list[schema.Question], pool: str | None = None) -> None:
+    """Completes the dataset artifact with these questions; `pool` is the pool's digest, where it has no manifest yet."""
+    artifact, table = lineage.dataset(config), schema.to_parquet(schema.questions_table(questions))
+    storage.write_bytes(artifact.path(schema.QUESTIONS), table)
+    facts = {"pool_sha256": pool or artifact.manifest()["pool_sha256"], "questions_sha256": hashlib.sha256(table).hexdigest()}
+    artifact.finish({**facts, "questions": {"toy": {"train": len(questions)}}})
 
 
 def make_store(config: Config, texts: list[str]) -> None:
@@ -82,8 +89,8 @@ def make_store(config: Config, texts: list[str]) -> None:
     shard = Shard(0, 0, len(texts))
     commit = writer.write_shard(artifact, shard, [len(item) for item in ids], states, pooled)
     writer.finish(
-        artifact, [toy.chunk_id(row) for row in range(len(texts))], [shard], {0: commit}, {}, backbone="b",
-        hidden_size=backbone.hidden_size, pooled_length=3, dtype="bfloat16", threads=1,
+        artifact, [toy.chunk_id(row) for row in range(len(texts))], [shard], {0: commit}, {},
+        backbone=lineage.weights_digest(config), hidden_size=backbone.hidden_size, pooled_length=3, dtype="bfloat16", threads=1,
     )  # fmt: skip
 
 
@@ -210,15 +217,32 @@ def test_prefixes_of_a_backbone_that_echoes_the_question_are_refused(
     assert "retriever.train.prefix_cache_mb: found 8; this backbone's retrieval pass echoes the question: set it to 0" in error
 
 
+def test_states_of_another_backbone_are_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, config = prepared("again")
+    store = lineage.store(config)
+    store.finish({**store.manifest(), "backbone": "0" * 64})
+    error = mistake(file, capsys)
+    assert f"store {store.url}: its states are of a backbone of digest 0000000000000000, but" in error
+    assert "delete the store and run workflows/encode.py" in error
+    assert not Path(lineage.retriever(config).url).exists()
+
+
+def test_two_runs_do_not_train_one_retriever(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, config = prepared("claimed")
+    with claim.hold(lineage.retriever(config)):
+        assert cli.main(None, train.plan, train.run, ["--config", str(file)]) == 1
+    assert f"retriever {lineage.retriever(config).url} is being made by another run" in capsys.readouterr().err
+    assert not storage.names(lineage.retriever(config).url)
+
+
 def test_gold_outside_the_store_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
     file, config = prepared("gold")
     question = schema.Question("q99", "toy", "train", "who ?", ("x",), (("c999",),), 1, "single")
-    table = schema.questions_table([question])
-    storage.write_bytes(lineage.dataset(config).path(schema.QUESTIONS), schema.to_parquet(table))
+    ask(config, [question])
     assert "question q99: gold chunk 'c999' is not in the chunk store" in mistake(file, capsys)
 
 
 def test_no_training_questions_are_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
     file, config = prepared("none")
-    storage.write_bytes(lineage.dataset(config).path(schema.QUESTIONS), schema.to_parquet(schema.questions_table([])))
+    ask(config, [])
     assert "holds no training questions" in mistake(file, capsys)

@@ -23,10 +23,12 @@ from intra.backbone import warmstart as training
 from intra.config import ArchitectureConfig, Config, LossConfig, load
 from intra.data import synthetic
 from intra.data.schema import read_pool, read_questions
-from intra.errors import UserError
+from intra.errors import UserError, WorkflowError
+from intra.store import claim
 from workflows import prepare, warmstart
 
 from ..conftest import write_world
+from ..data.conftest import write_lines
 
 REPOSITORY = Path(__file__).parents[2]
 VALUES: dict[str, Any] = {
@@ -104,6 +106,31 @@ def test_the_plan_makes_nothing(config: Config, tmp_path: Path) -> None:
 
 def test_a_missing_dataset_is_the_users_mistake(config: Config) -> None:
     with pytest.raises(UserError, match=r"dataset .* is missing .*workflows/prepare\.py"):
+        warmstart.run(config)
+
+
+def test_two_runs_do_not_train_one_backbone(config: Config) -> None:
+    prepare.run(config)
+    backbone = lineage.backbone(config)
+    with claim.hold(backbone), pytest.raises(WorkflowError, match=r"backbone .* is being made by another run"):
+        warmstart.run(config)
+    assert not storage.names(backbone.url)
+
+
+@pytest.mark.parametrize("losses", ["{answer: 1}", "{answer: 0, retrieval: 1}"])
+def test_training_questions_without_answers_are_refused(tmp_path: Path, losses: str) -> None:
+    """Of a dataset that was made where none was to be trained on."""
+    data = tmp_path / "lakes"
+    write_lines(data / "corpus.jsonl", [{"_id": f"p{number}", "title": "", "text": f"Lake number {number}."} for number in range(4)])
+    asked = [{"_id": f"q{number}", "text": f"Which is number {number}?"} for number in (1, 2, 3)]
+    write_lines(data / "queries.jsonl", [{**asked[0], "metadata": {"answer": "1"}}, *asked[1:]])
+    write_lines(data / "qrels" / "train.tsv", ["query-id\tcorpus-id\tscore", "q1\tp1\t1", "q2\tp2\t1"])
+    write_lines(data / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", "q3\tp3\t1"])
+    path = write(tmp_path, str(tmp_path / "root"), {"data": {"source": "beir", "path": str(data)}, "evaluate": {"answers": False}})
+    dataset = prepare.run(load(path))
+    config = load(path, ["backbone.train=true", "backbone.initial=model", f"backbone.warmstart.losses={losses}"])
+    assert lineage.dataset(config).url == dataset
+    with pytest.raises(UserError, match=r"backbone\.train: training questions have no answer \(1 of lakes\); add their answers, or set"):
         warmstart.run(config)
 
 

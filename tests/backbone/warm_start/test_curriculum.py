@@ -105,6 +105,26 @@ def test_distractors_are_drawn_from_those_near_a_question_and_are_never_gold(bac
         assert len({gold + 5, gold + 6} & set(rows)) == 1  # a group's other chunk is no distractor
 
 
+def test_what_answers_a_question_is_no_negative_of_it_in_any_world(backbone: model.Backbone) -> None:
+    """The same chunk in another world, and the other of its group, are left out; its gold is not, nor any other chunk."""
+    settings = config(distractors=3, questions=2, batch_size=4, micro_batch=4, retrieval_share=1.0)
+    prompts = backbone.prompt_ids([f"where was {WORDS[n]}" for n in range(5)])
+    for step in range(3):
+        (batch,) = questions(settings, backbone)(step)
+        twins = 0
+        for probes, columns, gold, out in zip(batch.probe_rows, batch.probe_columns, batch.gold, batch.left_out, strict=True):
+            world, column = probes[0], columns[0]
+            ids = batch.ids[world][batch.segment[world] == batch.segment[world, column]].tolist()
+            asked = next(n for n, prompt in enumerate(prompts) if ids[: len(prompt)] == prompt)
+            expected = [row in (asked, asked + 5, asked + 6) and not share for row, share in zip(batch.rows, gold.tolist(), strict=True)]
+            assert out.tolist() == expected
+            twins += sum(expected)
+        assert twins > 0
+    (made,) = curriculum.synthetic_batches(config(micro_batch=4), backbone)(0)
+    assert made.left_out.shape == made.gold.shape
+    assert not made.left_out.any()
+
+
 def test_of_the_extra_chunks_some_are_near_a_question(backbone: model.Backbone) -> None:
     """They are neither in a world of the batch nor gold, and come before the random ones."""
     settings = config(distractors=1, bm25_distractors=1, bm25_extra=2, extra_chunks=3, questions=1, batch_size=2, micro_batch=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional
 from intra.backbone import curriculum, model, packing, warmstart
 from intra.backbone.packing import EARLY, LATE, Look, PackedWorld, collate
 from intra.config import LossConfig
+from intra.errors import WorkflowError
 
 from .conftest import LOSSES, POOLED, PROBES, config, without_gradient
 
@@ -126,6 +128,22 @@ def test_the_loss_falls_and_answers_are_learnt(backbone: model.Backbone, worlds:
     assert last["answer_token_accuracy"] > 0.9
 
 
+def test_a_step_that_is_not_finite_ends_training_before_it_changes_a_weight(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
+    module = warmstart.WarmStart(backbone, LOSSES, POOLED)
+    recipe = config().backbone.warmstart
+    batch = collate(worlds, backbone.tokenizer.pad_token_id)
+    made: dict[str, torch.Tensor] = {}
+
+    def done(step: int) -> None:
+        made.update({name: weight.detach().clone() for name, weight in module.named_parameters()})
+        if step == 2:
+            module.alpha_hop.register_hook(lambda gradient: gradient * torch.inf)
+
+    with pytest.raises(WorkflowError, match=r"^warmstart: step 2: .* not a finite number; lower backbone\.warmstart\.learning_rate"):
+        warmstart.train(module, warmstart.optimizers(module, recipe), lambda step: [batch], recipe, done=done)
+    assert all(torch.equal(weight, made[name]) for name, weight in module.named_parameters())
+
+
 def test_schedule() -> None:
     recipe = config(steps=100, warmup_steps=10, decay=0.5).backbone.warmstart
     factors = [warmstart.schedule(step, recipe) for step in range(100)]
@@ -195,9 +213,35 @@ def test_a_mixture_is_the_log_of_the_layers_mean_softmax(backbone: model.Backbon
     scores = torch.randn(len(supervised.gold), supervised.gold.shape[1], backbone.layers, backbone.heads)
     with torch.no_grad():
         module.alpha.copy_(torch.rand(module.alpha.shape))
-        found = module._retrieval(scores, supervised.gold)
+        found = module._retrieval(scores, supervised.gold, supervised.left_out)
         chances = torch.stack([(scores[:, :, layer] * module.alpha[layer]).sum(-1).softmax(-1) for layer in range(backbone.layers)])
     assert found.item() == pytest.approx(-(supervised.gold * chances.mean(0).log()).sum(1).mean().item(), rel=1e-5)
+
+
+def _losses(module: warmstart.WarmStart, scores: torch.Tensor, batch: packing.Batch, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "_scores", lambda *_: scores)
+        return module(batch, LossConfig(answer=0, retrieval=1, hop=1))
+
+
+@pytest.mark.parametrize("scoring", ["per_head", "mixture"])
+def test_what_is_left_out_is_as_if_it_were_not_there(
+    backbone: model.Backbone, supervised: packing.Batch, scoring: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = warmstart.WarmStart(backbone, LOSSES, POOLED, scoring)
+    there = (supervised.gold == 0).nonzero()[:1, 1]
+    out = supervised.gold[:, there.item()] == 0
+    scores = torch.randn(*supervised.gold.shape, backbone.layers, backbone.heads)
+    scores[:, there] += 100
+    rest = torch.tensor([column for column in range(supervised.gold.shape[1]) if column != there])
+    less = {name: getattr(supervised, name)[out][:, rest] for name in ("gold", "first", "last", "left_out")}
+    expected = _losses(module, scores[out][:, rest], replace(supervised, **less), monkeypatch)
+    left_out = supervised.left_out.clone()
+    left_out[:, there] = True
+    more = {name: getattr(supervised, name)[out] for name in ("gold", "first", "last")}
+    found = _losses(module, scores[out], replace(supervised, **more, left_out=left_out[out]), monkeypatch)
+    for name in ("retrieval", "hop", "first_hop_accuracy", "last_hop_accuracy"):
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-6), name
 
 
 def test_no_gradient_flows_into_extra_chunks(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:

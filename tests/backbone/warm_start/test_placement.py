@@ -47,13 +47,17 @@ def test_bfloat16_is_of_the_arithmetic_alone(backbone: model.Backbone, worlds: l
 
 
 SHARDED = {"optimizer": "adamw", "matrix_learning_rate": 3e-3, "extra_chunks": 2, "batch_size": 2, "micro_batch": 1, "questions": 3,
-           "stages": [{"name": "reading", "share": 0.34, "losses": {"answer": 1.0}},
-                      {"name": "joint", "share": 0.66, "losses": {"retrieval": 0.5, "hop": 0.5, "attention": 0.5}}],
-           "steps": 3, "checkpoint_every": 1, "warmup_steps": 0, "workers": 2}  # fmt: skip
+           "stages": [{"name": "reading", "share": 0.25, "losses": {"answer": 1.0}},
+                      {"name": "joint", "share": 0.5, "losses": {"retrieval": 0.5, "hop": 0.5, "attention": 0.5}},
+                      {"name": "retrieving", "share": 0.25, "losses": {"answer": 0.0, "retrieval": 1.0}}],
+           "steps": 4, "checkpoint_every": 1, "warmup_steps": 0, "workers": 2}  # fmt: skip
 
 
 def one_process(rank: int, folder: str, place: str) -> None:
-    """Trains thrice: with whole weights, with sharded ones, and with sharded ones from the second's checkpoint on."""
+    """Trains thrice: with whole weights, with sharded ones, and with sharded ones from the second's checkpoint on.
+
+    Then a step whose loss is not a number on the last process alone: each of them says so, and keeps its weights.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
 
@@ -85,13 +89,20 @@ def one_process(rank: int, folder: str, place: str) -> None:
         warmstart.train(module, optimizer, made, recipe, start=start, reduce=reduce, checkpoint=checkpoint)
         if rank == 0:
             Path(place, f"{name}.json").write_text(json.dumps(rows))
+    before = [weight.detach().clone() for weight in module.parameters()]
+    if rank == 1:
+        module.alpha.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(WorkflowError, match=r"warmstart: step 3: .* not a finite number; lower backbone\.warmstart\.learning_rate"):
+        warmstart.train(module, optimizer, made, recipe, start=3, reduce=reduce)
+    assert all(torch.equal(weight, old) for weight, old in zip(module.parameters(), before, strict=True))
     torch.distributed.destroy_process_group()
 
 
 def test_sharded_weights_train_like_whole_ones_and_go_on_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (str(folder), str(tmp_path)), nprocs=2)
     rows = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "sharded", "again")}
-    assert [row["step"] for row in rows["sharded"]] == [1, 2, 3]
+    assert [row["step"] for row in rows["sharded"]] == [1, 2, 3, 4]
+    assert "answer" not in rows["sharded"][3]
     for one, other in zip(rows["whole"], rows["sharded"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     assert rows["again"] == rows["sharded"][2:]
@@ -104,14 +115,14 @@ def test_sharded_weights_train_like_whole_ones_and_go_on_from_a_checkpoint(folde
         backbone.model.requires_grad_(True)
         module = warmstart.WarmStart(backbone, LOSSES, POOLED)
         optimizer = warmstart.optimizers(module, config(**SHARDED).backbone.warmstart)
-        assert checkpoints.load(module, optimizer, tmp_path / name) == 3
+        assert checkpoints.load(module, optimizer, tmp_path / name) == 4
         assert all(values["exp_avg"].shape == parameter.shape for parameter, values in optimizer.states() if values)
         return {name: weight.detach() for name, weight in module.named_parameters()}
 
-    whole, sharded, again = weights("whole-3"), weights("sharded-3"), weights("again-3")
+    whole, sharded, again = weights("whole-4"), weights("sharded-4"), weights("again-4")
     for name, weight in sharded.items():
         assert torch.equal(weight, again[name]), name
         assert torch.allclose(weight, whole[name], atol=1e-4), name
-    (tmp_path / "sharded-3" / "weights-00001.safetensors").unlink()
+    (tmp_path / "sharded-4" / "weights-00001.safetensors").unlink()
     with pytest.raises(WorkflowError, match="1 of 2 weights files"):
-        weights("sharded-3")
+        weights("sharded-4")
