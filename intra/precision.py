@@ -1,9 +1,10 @@
 """What int8 states change in retrieval and answers, against the states as a store keeps them (`workflows/benchmark.py int8`).
 
-INTRA ranks and answers with the same backbone, store and retriever; only what is read from the store differs: as it is, or put through
-`intra.store.quantize` with the mean and spread that `encode` would take. The pooled vectors are no int8 and stay. With planted outliers
-OUTLIERS channels of the states are FACTOR times as large and off centre, as of a model whose decoder expects them so: they are planted
-before the states are made int8, and taken back after. "plain" is one scale a token without standardising: int8 done simply.
+INTRA ranks and answers with the same backbone, store, retriever and search of the pool (`retriever.search`); only what is read from the
+store differs: as it is, or put through `intra.store.quantize` with the mean and spread that `encode` would take. The pooled vectors are no
+int8 and stay. With planted outliers OUTLIERS channels of the states are FACTOR times as large and off centre, as of a model whose decoder
+expects them so: they are planted before the states are made int8, and taken back after. "plain" is one scale a token without
+standardising: int8 done simply.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intra import lineage
+from intra import cluster, lineage
 from intra.config import Config
 from intra.data.schema import Question, read_pool, read_questions
 from intra.errors import UserError
@@ -28,6 +29,7 @@ from intra.store.reader import ChunkStore
 
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone
+    from intra.retrieval.pools import Pool
     from intra.retrieval.retriever import Retriever
 
 DEPTH = 20
@@ -84,6 +86,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     from intra.retrieval import search
 
+    settings = config.retriever
     if store.dtype == "int8":
         raise UserError(f"store {store.url} is int8 already; compare with one of store.dtype=bfloat16 or float32")
     pool = read_pool(dataset)
@@ -93,15 +96,20 @@ def compare(
     mu, sigma = quantize.statistics(blocks, store.hidden_size)
     rankings: dict[str, list[set[str]]] = {}
     exact: dict[str, list[float]] = {}
+    if settings.search.workers:
+        cluster.connect(config)
+    vectors: Pool | None = None  # the pooled ones, which no change touches
     for name, change in changes(mu, sigma).items():
         view: Any = View(store, change)
         passes = search.Passes(
-            backbone, view, retriever, query_batch=config.retriever.query_batch, tile_chunks=config.retriever.tile_chunks
+            backbone, view, retriever, query_batch=settings.query_batch, tile_chunks=settings.tile_chunks, search=settings.search,
+            pool=vectors,
         )  # fmt: skip
-        method = search.Intra(passes, config.retriever.answer_size, config.retriever.answer_initial)
+        vectors = passes.searcher.pool
+        method = search.Intra(passes, settings.answer_size, settings.answer_initial)
         found = method.search(questions, DEPTH)
         reader = Reader(_Parts(backbone, view), lengths, config.evaluate.answer_batch, config.backbone.answer_tokens)
-        top = {key: [chunk_id for chunk_id, _ in ranking[: config.retriever.answer_size]] for key, ranking in found.items()}
+        top = {key: [chunk_id for chunk_id, _ in ranking[: settings.answer_size]] for key, ranking in found.items()}
         given = reader.answer(questions, top, f"answers, {name}")
         rankings[name] = [{chunk_id for chunk_id, _ in found[question.question_id]} for question in questions]
         exact[name] = [metrics.exact_match(given[question.question_id], question.answers) for question in questions]

@@ -15,7 +15,7 @@ from intra.config import Config
 from intra.errors import UserError
 from intra.retrieval.retriever import Retriever, RetrieverSettings
 from intra.store import planning, quantize, writer
-from intra.store.format import committed
+from intra.store.format import PLAN, committed
 from workflows import prepare
 
 PROJECT = Path(__file__).parents[1]
@@ -32,6 +32,14 @@ def test_states_come_back_changed_by_their_precision_alone() -> None:
     assert error["plain_int8_outliers"] > 20 * error["int8"]
 
 
+def test_what_int8_changes_in_chunks_that_are_scored_again_is_measured(config: Config) -> None:
+    plain, again = (
+        {record["name"]: record["value"] for record in precision.run(configuration.varied(config, [f"retriever.search.rescore={rescore}"]))}
+        for rescore in (0, 60)
+    )
+    assert again["top_20_overlap_plain_int8_outliers"] < plain["top_20_overlap_plain_int8_outliers"]
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     small = ["data.synthetic.chunks=60", "data.synthetic.train_questions=6", "data.synthetic.test_questions=12", "retriever.tokens=4",
@@ -40,6 +48,7 @@ def config(tmp_path: Path) -> Config:
     prepare.run(config)
     store, dataset, model = lineage.store(config), lineage.dataset(config), config.backbone.model
     made = planning.make(store, lineage.encoding(config), dataset.url, config.store.shard_chunks)
+    storage.write_json(store.path(PLAN), made.record())
     source = writer.Source(model, None, locate.digest(model, None), "float32", "cpu", 1)
     read = writer.LoadTokenize(dataset.url, model, None, config.data.template)
     encode = writer.EncodeCommit(store, source, config.retriever.pooled_length, config.store.batch_tokens, config.store.dtype)

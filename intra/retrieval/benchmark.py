@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from intra import lineage, storage, tracking
+from intra import cluster, lineage, storage, tracking
 from intra.config import Config
 from intra.data.schema import Question, read_questions
 from intra.errors import UserError
@@ -76,6 +76,8 @@ class Bench:
         self.backbone = model.load(lineage.backbone(config).url, dtype=settings.dtype, device=settings.device, prompt=settings.prompt)
         self.store: ChunkStore = ChunkStore(lineage.store(config).url)
         self.keys = Keys.of(self.backbone)
+        if config.retriever.search.workers:
+            cluster.connect(config)
         self.passes = search.Passes(
             self.backbone, self.store, self.retriever, query_batch=self.settings.questions, tile_chunks=config.retriever.tile_chunks,
             search=config.retriever.search,
@@ -298,11 +300,14 @@ STAGES = ("S_0", "retrieval pass", "search", "answer")
 
 
 def _latency(bench: Bench) -> None:
-    """One question after the other, nothing shared but what is loaded. The first are not counted: an approximate scorer checks itself on
-    them, and files and code are read."""
+    """One question after the other, nothing shared but what is loaded. The first are not counted: files and code are read, and an
+    approximate scorer is only checked on them."""
     taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
     settings = bench.config.retriever
-    passes = search.Passes(bench.backbone, bench.store, bench.retriever, tile_chunks=settings.tile_chunks, search=settings.search)
+    passes = search.Passes(
+        bench.backbone, bench.store, bench.retriever, tile_chunks=settings.tile_chunks, search=settings.search,
+        pool=bench.passes.searcher.pool,
+    )  # fmt: skip
     warm = min(intrinsic.CHECKED + 2, len(bench.questions) - 1)
     for number, question in enumerate(bench.questions[: warm + bench.settings.latency_questions]):
         times = _answered(bench, passes, question)

@@ -5,11 +5,13 @@
 
 A part is a range of rows that begins at a multiple of `scorers.ALIGN` and is read by whoever is asked for it first. Where an actor dies its
 parts go to those that are left (to a new one where none is), and what it was asked is asked again: no question is lost. Results are put
-together in the order of parts, so neither the number of parts nor of actors changes a ranking.
+together in the order of parts, so neither the number of parts nor of actors changes a ranking. Where not all actors fit the cluster there
+are fewer.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from intra import cluster
-from intra.errors import WorkflowError
+from intra.errors import UserError, WorkflowError
 from intra.retrieval import pools, scoring
 from intra.retrieval.pools import Ask, Form, Resident, Source, aligned
 from intra.retrieval.scorers import Keys
@@ -70,7 +72,10 @@ class Fleet:
         self, opens: Callable[[], Source], rows: int, keys: Keys, *, workers: int, parts: int | None = None, threads: int = 1,
         gpus: float = 0, tile_chunks: int = 2048,
     ) -> None:  # fmt: skip
-        """`opens` gives a worker the pool; `parts` is the number of ranges (the workers' where None), fewer where the pool is small."""
+        """`opens` gives a worker the pool; `parts` is the number of ranges (the workers' where None), fewer where the pool is small.
+
+        Raises UserError where no machine of the cluster holds a worker.
+        """
         import ray
 
         size = aligned(-(-rows // (parts or workers)))
@@ -79,7 +84,7 @@ class Fleet:
         build = (opens, ray.put(keys.to("cpu")), aligned(tile_chunks), "cuda" if gpus else "cpu", threads)
         actor: Any = ray.remote(num_cpus=threads, num_gpus=gpus or None, max_restarts=0)(_Worker)
         self._start: Callable[[], Any] = lambda: actor.remote(Holder, *build)
-        self.actors: list[Any] = [self._start() for _ in range(min(workers, max(1, len(self.parts))))]
+        self.actors: list[Any] = [self._start() for _ in range(_fitting(min(workers, max(1, len(self.parts))), threads, gpus))]
         self._place = {part: self.actors[number % len(self.actors)] for number, part in enumerate(self.parts)}
 
     def __len__(self) -> int:
@@ -124,7 +129,7 @@ class Fleet:
     def _each(self, work: Mapping[Part, dict[str, Any]], ask: Ask, form: Form) -> dict[Part, Any]:
         """The result of each part's work; what a dead actor was doing is asked of another."""
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import OutOfMemoryError, RayActorError
 
         reference = ray.put(ask.to("cpu"))
         rows = {part: {**row, "part": part, "ask": reference, "form": form} for part, row in work.items()}
@@ -135,7 +140,7 @@ class Fleet:
             part, actor = asked.pop(done)
             try:
                 row = ray.get(done)
-            except RayActorError as error:
+            except (RayActorError, OutOfMemoryError) as error:
                 self._lost(actor, error)
                 asked[self._place[part].work.remote(rows[part])] = (part, self._place[part])
                 continue
@@ -157,3 +162,19 @@ class Fleet:
         orphans = [part for part, owner in self._place.items() if owner == actor]
         for number, part in enumerate(orphans):
             self._place[part] = self.actors[number % len(self.actors)]
+
+
+def _fitting(wanted: int, threads: int, gpus: float) -> int:
+    """So many of the workers that are wanted as fit the cluster as it stands: others would never start, in silence. Raises UserError where
+    none does."""
+    fit = cluster.fits({"CPU": threads, "GPU": gpus})
+    needs = f"{threads:g} CPU and {gpus:g} GPU" if gpus else f"{threads:g} CPU"
+    if not fit:
+        has = " and ".join(f"{amount:g} {name}" for name, amount in cluster.resources().items())
+        raise UserError(
+            f"retriever.search.workers: no worker of {needs} fits: there are {has} here; lower retriever.search.gpus_per_worker or "
+            "retriever.search.threads, or add machines"
+        )
+    if fit < wanted:
+        print(f"search: {fit} of {wanted} workers ({needs} each) fit the cluster now; it goes on with those", file=sys.stderr)
+    return min(fit, wanted)

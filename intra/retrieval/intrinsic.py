@@ -1,16 +1,16 @@
 """The best chunks of the whole pool by s_i, by the scorer that is configured, and the check that an approximate one is good enough.
 
 `retriever.search.scorer`:
-    exact        head_space or reverse, whichever takes fewer operations (`pools.cheaper`): the default; both rank alike
+    exact        head_space or, in float32, where both rank alike, reverse: whichever takes fewer operations (`pools.cheaper`); the default
     int8         a scan in integers; its best `candidates` a question are scored again, exactly. With `heads` below 1 it leaves out the
-                 heads that weigh least (`scorers.strongest`, on the first batch of questions and the pool's first chunks)
+                 heads that weigh least (`scorers.strongest`, on the first CHECKED questions and the pool's first chunks)
     cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`); then the same
-    auto         exact for `mixed` (it is cheap), for pools of fewer than AUTO_CHUNKS times `candidates` chunks, and on a GPU for AUTO_BATCH
-                 questions or more at a time; else cascade
+    auto         exact for `mixed` (it is cheap) and for pools of fewer than AUTO_CHUNKS times `candidates` chunks; else cascade
     head_space, reverse, paper     that form and no other
 
-An approximate scorer is compared with the exact one on the first CHECKED questions. Where it keeps less than `recall` of the exact top k
-the next safer one takes over (cascade, then int8 on a CPU, then exact), and a line says so.
+The first CHECKED questions are searched exactly. An approximate scorer is compared with that, once, as deep as the rest of the search needs
+it: where it keeps less than `recall` of the exact ranking the exact one takes over for the other questions, and a line says so. Neither
+the batches in which questions come nor the device changes what is chosen.
 
 A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, `corrected` by the
 candidates' exact components.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     from intra.config import SearchConfig
 
 CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
-DEPTH = 20  # of the ranking that is compared where none was asked for
 AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
-AUTO_BATCH = 4  # questions: from so many on the keys of a tile are shared by enough, and a GPU needs no approximation
 _SCANS = {"cascade": Form("linear"), "int8": Form("int8")}
 Rescorer = Callable[[Ask, Sequence[Sequence[int]]], list[Tensor]]  # `pools.Tokens`: components of each question for rows of its own
 
@@ -111,11 +109,10 @@ def pruned(ask: Ask, keys: Keys, pooled: Tensor, share: float) -> Form:
 
 
 class Searcher:
-    """Finds the best chunks of a pool for batches of questions. Remembers which scorer has passed its check."""
+    """Finds the best chunks of a pool for batches of questions. Remembers which scorer has passed its check, for each k."""
 
     def __init__(
-        self, pool: Pool, settings: SearchConfig, device: torch.device | str = "cpu", sample: Callable[[Ask], Form] | None = None,
-        tokens: Rescorer | None = None,
+        self, pool: Pool, settings: SearchConfig, sample: Callable[[Ask], Form] | None = None, tokens: Rescorer | None = None
     ) -> None:  # fmt: skip
         """`sample` chooses the heads of the integer scan by the first questions (`pruned`); `tokens` is for `settings.rescore`.
 
@@ -124,49 +121,53 @@ class Searcher:
         if settings.rescore and tokens is None:
             raise ValueError("retriever.search.rescore needs the store's token states")
         self.pool, self.settings, self._sample, self._tokens = pool, settings, sample, tokens
-        self._forms: dict[str, Form] = {}
-        self._cuda = torch.device(device).type == "cuda"
-        self._fallen: str | None = None  # to which scorer
-        self._seen = self._kept = 0.0  # questions compared, the sum of their recalls
+        self._first: dict[int, tuple[list[Ask], list[Scored]]] = {}  # by k, until the check: questions, their exact rankings
+        self._chosen: dict[int, Form] = {}  # by k, from then on
 
     def find(self, ask: Ask, k: int) -> Found:
         """Raises UserError where the scorer does not serve the scoring or the device."""
-        depth = self.settings.rescore
+        found, depth = self._by_pooled(ask, k), self.settings.rescore
         if not depth or self._tokens is None:
-            return self._by_pooled(ask, k, k)
-        found = self._by_pooled(ask, max(k, depth), k)
+            return found
         rows = [[row for row, _ in mine] for mine in found.pairs]
         return again(ask, rows, k, found.normalisers, depth, functools.partial(_components, self.pool, Form()), self._tokens)
 
-    def _by_pooled(self, ask: Ask, depth: int, k: int) -> Found:
-        """The best `depth` by pooled vectors; an approximate scorer is checked on the first k of them."""
-        name = self.scorer(ask)
+    def _by_pooled(self, ask: Ask, k: int) -> Found:
+        """The best max(k, rescore) by pooled vectors: of the first CHECKED questions exactly, then by what their check has chosen."""
+        name, depth = self.scorer(ask.kind), max(k, self.settings.rescore)
         if name not in _SCANS:
             return exact(self.pool, ask, depth, Form(name))
-        while name in _SCANS:
-            found = approximate(self.pool, ask, depth, self._form(name, ask), self.settings.candidates)
-            if self._seen >= CHECKED:
-                return found
-            truth = exact(self.pool, ask, depth)
-            self._seen += len(ask)
-            self._kept += len(ask) * recall([mine[:k] for mine in truth.pairs], [mine[:k] for mine in found.pairs])
-            if self._kept / self._seen >= self.settings.recall:
-                return found
-            safer = "int8" if name == "cascade" and not self._cuda else "exact"
-            print(
-                f"search: {name} keeps {self._kept / self._seen:.3f} of the exact top {k} of {self._seen:.0f} questions, less than "
-                f"retriever.search.recall={self.settings.recall}; {safer} takes over",
-                file=sys.stderr,
-            )
-            self._fallen, self._seen, self._kept = safer, 0.0, 0.0
-            name = safer
-        return truth
+        if chosen := self._chosen.get(k):
+            scans = chosen.name != "exact"
+            return approximate(self.pool, ask, depth, chosen, self.settings.candidates) if scans else exact(self.pool, ask, depth)
+        asks, truth = self._first.setdefault(k, ([], []))
+        count = min(len(ask), CHECKED - len(truth))
+        asks.append(ask.part(0, count))
+        found = exact(self.pool, asks[-1], depth)
+        truth.extend(found.pairs)
+        if len(truth) == CHECKED:
+            together = replace(ask, queries=torch.cat([each.queries for each in asks]))
+            self._chosen[k] = self._checked(name, together, truth, depth)
+            del self._first[k]
+        if count == len(ask):
+            return found
+        others = self._by_pooled(ask.part(count, len(ask) - count), k)
+        sums = [each.normalisers.cpu() for each in (found, others) if each.normalisers is not None]
+        return Found(found.pairs + others.pairs, torch.cat(sums) if sums else None)
 
-    def _form(self, name: str, ask: Ask) -> Form:
-        if name not in self._forms:
-            prune = self._sample if name == "int8" and self.settings.heads < 1 else None
-            self._forms[name] = _SCANS[name] if prune is None else prune(ask)
-        return self._forms[name]
+    def _checked(self, name: str, ask: Ask, truth: Sequence[Scored], depth: int) -> Form:
+        """The scan `name`, or the exact form where it keeps too little of the exact rankings of these questions."""
+        prune = self._sample if name == "int8" and self.settings.heads < 1 else None
+        form = _SCANS[name] if prune is None else prune(ask)
+        kept = recall(truth, approximate(self.pool, ask, depth, form, self.settings.candidates).pairs)
+        if kept >= self.settings.recall:
+            return form
+        print(
+            f"search: {name} keeps {kept:.3f} of the exact top {depth} of {len(ask)} questions, less than "
+            f"retriever.search.recall={self.settings.recall}; exact takes over",
+            file=sys.stderr,
+        )
+        return Form()
 
     def components(self, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Exact components of each question for rows of its own (in the paper's form where that is configured): [C, n_b]."""
@@ -176,15 +177,12 @@ class Searcher:
         return self.pool.components(ask, Form("exact" if name in _SCANS or name == "auto" else name), rows)
 
     def normalisers(self, ask: Ask) -> Tensor | None:
-        """[B, C] of a mixture, as `find` takes them."""
-        name = self.scorer(ask)
-        return self.find(ask, DEPTH).normalisers if name in _SCANS or self.settings.rescore else self.pool.log_sums(ask, Form(name))
+        """[B, C] of a mixture, as `find` takes them; None where only `find` can tell."""
+        name = self.scorer(ask.kind)
+        return None if name in _SCANS or self.settings.rescore else self.pool.log_sums(ask, Form(name))
 
-    def scorer(self, ask: Ask) -> str:
-        """The scorer for such a batch, by the rule above."""
-        if self._fallen is not None:
-            return self._fallen
+    def scorer(self, kind: str) -> str:
+        """The scorer for such a scoring, by the rule above, before any check."""
         if self.settings.scorer != "auto":
             return self.settings.scorer
-        small = len(self.pool) < AUTO_CHUNKS * self.settings.candidates
-        return "exact" if ask.kind == "mixed" or small or (self._cuda and len(ask) >= AUTO_BATCH) else "cascade"
+        return "exact" if kind == "mixed" or len(self.pool) < AUTO_CHUNKS * self.settings.candidates else "cascade"

@@ -69,9 +69,9 @@ class Ask:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def part(self, index: int) -> Ask:
-        """One of the questions."""
-        return replace(self, queries=self.queries[index : index + 1])
+    def part(self, first: int, count: int = 1) -> Ask:
+        """So many of the questions."""
+        return replace(self, queries=self.queries[first : first + count])
 
     def to(self, device: torch.device | str) -> Ask:
         return replace(self, queries=self.queries.to(device), weights=self.weights.to(device))
@@ -96,12 +96,13 @@ def cheaper(keys: Keys, shape: Sequence[int], scalars: bool) -> str:
     """The exact form with fewer operations a pooled vector, for queries [B, L, H, R, e].
 
     head_space: G e d for the keys, B H R e for the products; reverse: B H R d, and only where the scalars are at hand (to make them
-    costs what the keys cost). So `reverse` for a question or two at a time, `head_space` for more.
+    costs what the keys cost) and both rank alike (`Keys.liftable`). So `reverse` for a question or two at a time, `head_space` for more.
     """
     questions, _, heads, tokens, width = shape
     hidden = keys.projections.shape[2]
     products = questions * heads * tokens
-    return "reverse" if scalars and products * hidden < keys.projections.shape[1] * hidden + products * width else "head_space"
+    fewer = products * hidden < keys.projections.shape[1] * hidden + products * width
+    return "reverse" if scalars and keys.liftable and fewer else "head_space"
 
 
 class Source(Protocol):
@@ -195,7 +196,7 @@ class Tokens:
         return found
 
     def _tile(self, filled: Tensor, rows: Sequence[int], kind: str) -> Tile:
-        if kind == "mixed" or self._keys.biases is not None:
+        if kind == "mixed" or not self._keys.liftable:
             return Tile(filled)
         known = [self._scalars.get(row) for row in rows]
         missing = [place for place, each in enumerate(known) if each is None]

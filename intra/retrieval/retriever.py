@@ -155,7 +155,6 @@ class Retriever(nn.Module):  # type: ignore[misc]
         variant = "" if settings.scoring == "per_head" else f" Its scoring `{settings.scoring}` is not the paper's score."
         return f"""---
 library_name: intra
-license: apache-2.0
 tags: [retrieval, intra]
 ---
 # INTRA retriever

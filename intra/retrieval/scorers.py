@@ -75,6 +75,11 @@ class Keys:
             backbone.scaling,
         )
 
+    @property
+    def liftable(self) -> bool:
+        """Whether queries carried into the hidden space rank chunks as the keys do: in float32, and where no bias stands between."""
+        return self.biases is None and self.projections.dtype == torch.float32
+
     def to(self, device: torch.device | str) -> Keys:
         biases = None if self.biases is None else self.biases.to(device)
         return replace(self, projections=self.projections.to(device), biases=biases, gains=self.gains.to(device))
@@ -116,8 +121,7 @@ class _Head(NamedTuple):
 class LayerScorer:
     """The components of the scores `per_head` and `mixture` for queries [B, L, H, R, e] and weights alpha [L, H].
 
-    kept: BoolTensor[L, H], heads that count (all where None): `strongest` chooses them. Attributes: form, and `passes_scalars`: whether
-    the scalars that `scalars` makes are wanted beside the vectors.
+    kept: BoolTensor[L, H], heads that count (all where None): `strongest` chooses them.
     """
 
     def __init__(
@@ -135,7 +139,6 @@ class LayerScorer:
         if form == "int8" and queries.is_cuda:
             raise UserError("retriever.search.scorer=int8 is for CPUs; take exact or cascade on a GPU")
         self.form, self.keys = form, keys
-        self.passes_scalars = form == "reverse"
         self.questions, self.layers, _, self.tokens, _ = queries.shape
         self.components = self.layers if kind == "mixture" else 1
         self._work: Tensor | None = None
@@ -199,7 +202,7 @@ class LayerScorer:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def of_chosen(self, tiles: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-        """head_space or reverse, of each question for chunks of its own: (pooled [n, P, d], scalars [L, G, n, P] or None) -> [C, n].
+        """head_space or reverse, of each question for chunks of its own: (pooled [n, P, d], scalars [L, G, n, P] for reverse) -> [C, n].
 
         Its columns are taken out of the batch's, and what is worked on stays in the cache.
         """
@@ -222,8 +225,8 @@ class LayerScorer:
                 product = (projected[:, head.group] if self.form == "head_space" else flat) @ mine[question]
                 product = product.unflatten(0, (-1, length))
                 if self.form == "reverse":
-                    rho = keys.scalars(pooled[:count]) if scalars is None else scalars
-                    product[:count] *= rho[head.layer, head.group, :, :, None].to(product.dtype)
+                    assert scalars is not None
+                    product[:count] *= scalars[head.layer, head.group, :, :, None].to(product.dtype)
                 maxima = product.amax(dim=1)[:, : len(head.weights) * tokens]
                 sums = maxima.unflatten(1, (-1, tokens)).sum(dim=2, dtype=torch.float32)  # [n, s]
                 for number, weight in enumerate(head.weights):
@@ -315,7 +318,8 @@ class Linear:
 
     With one vector a chunk there is no maximum, so tokens and heads sum into one query vector for each layer and key-value head: what is
     left is the keys of one vector a chunk instead of P, and H R / G times fewer products for each. Where means and their scalars are kept
-    in memory, no key is made for few questions: the query vectors are carried into the hidden space, as `reverse` does.
+    in memory, no key is made for few questions: the query vectors are carried into the hidden space, as `reverse` does, where the keys are
+    `liftable`.
     """
 
     def __init__(self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, temperature: float = 1.0) -> None:
@@ -329,7 +333,7 @@ class Linear:
         self.questions, self.components = len(queries), layers if kind == "mixture" else 1
         self._columns = [grouped[:, layer].flatten(1).T.contiguous().to(keys.projections.dtype) for layer in range(layers)]
         self._lifted: Tensor | None = None  # [d, B * L * G]
-        if keys.biases is None and self.questions * hidden < width * (hidden + self.questions):  # operations a vector, layer and group
+        if keys.liftable and self.questions * hidden < width * (hidden + self.questions):  # operations a vector, layer and group
             projections = keys.projections.unflatten(1, (keys.groups, -1))
             lifted = torch.einsum("blge,lged->blgd", grouped.to(projections.dtype), projections)
             self._lifted = lifted.flatten(0, 2).T.contiguous()
@@ -338,7 +342,8 @@ class Linear:
     def __call__(self, pooled: Tensor, means: Tensor | None = None, scalars: Tensor | None = None) -> Tensor:
         """pooled [N, P, d] -> [B, C, N] float32; `means` [N, d] of the vectors and their scalars [L, G, N], where they are at hand."""
         if means is None:
-            means = pooled.float().mean(dim=1).to(self.keys.projections.dtype)
+            dtype = self.keys.projections.dtype
+            means = pooled.to(dtype).float().mean(dim=1).to(dtype)  # as `pools.Resident` has them
         if scalars is not None and self._lifted is not None:
             parts = (means @ self._lifted).unflatten(1, (self.questions, *scalars.shape[:2]))  # [N, B, L, G]
             layers = (parts * scalars.permute(2, 0, 1)[:, None]).sum(dim=3, dtype=torch.float32)  # [N, B, L]

@@ -46,23 +46,30 @@ class Passes:
         query_batch: int = 16,
         tile_chunks: int = 2048,
         search: SearchConfig | None = None,
+        pool: Pool | None = None,
     ) -> None:
-        """Raises UserError where backbone, store and retriever do not fit each other. With `search.workers` Ray must be connected."""
+        """`pool`: that of other passes over the same pooled vectors, with its memory or workers; None: a new one, for which Ray must be
+        connected with `search.workers`.
+
+        Raises UserError where backbone, store and retriever do not fit each other, or no worker fits the cluster.
+        """
         retriever.check(backbone)
         retriever.check_store(store.hidden_size, store.pooled_length)
         self.backbone, self.store, self.retriever = backbone, store, retriever
         self.query_batch, self.tile_chunks = query_batch, tile_chunks
         settings = search or SearchConfig()
         keys = Keys.of(backbone)
-        pool: Pool | None = _fleet(store, keys, settings, tile_chunks) if settings.workers else None
-        pool = pool or Local(store, keys, tile_chunks, backbone.device, settings.in_memory)
+        if pool is None and settings.workers:
+            pool = _fleet(store, keys, settings, tile_chunks)
+        elif pool is None:
+            pool = Local(store, keys, tile_chunks, backbone.device, settings.in_memory)
 
         def prune(ask: Ask) -> Form:
             _, pooled = next(iter(store.tiles(min(ALIGN, len(store)))))
             return intrinsic.pruned(ask, keys, pooled.to(backbone.device, backbone.dtype), settings.heads)
 
         tokens = Tokens(keys, lambda rows: store.states([store.chunk_ids[row] for row in rows]))
-        self.searcher = Searcher(pool, settings, backbone.device, prune, tokens)
+        self.searcher = Searcher(pool, settings, prune, tokens)
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}
@@ -97,13 +104,17 @@ class Passes:
         todo = _lacking(self._intrinsic, questions, min(k, len(self.store)))
         with torch.no_grad():
             for batch, queries in self.retrieval_pass(todo, "s_i over the pool"):
-                found = self.searcher.find(Ask.of(self.retriever, queries, self.backbone), k)
-                self._remember(batch, found.normalisers)
-                self._intrinsic.update(zip((question.question_id for question in batch), found.pairs, strict=True))
+                self._find(batch, Ask.of(self.retriever, queries, self.backbone), k)
         return {question.question_id: self._intrinsic[question.question_id] for question in questions}
 
-    def context(self, questions: Sequence[Question]) -> dict[str, Scored]:
-        """S_0's first n_0 chunks, ordered by s_i, by question id: raw scores."""
+    def _find(self, batch: Sequence[Question], ask: Ask, k: int) -> None:
+        found = self.searcher.find(ask, k)
+        self._remember(batch, found.normalisers)
+        self._intrinsic.update(zip((question.question_id for question in batch), found.pairs, strict=True))
+
+    def context(self, questions: Sequence[Question], k: int) -> dict[str, Scored]:
+        """S_0's first n_0 chunks, ordered by s_i, by question id: raw scores. Where a mixture's normalisers come from a search of the pool,
+        it is for the k best, which `intrinsic` then has."""
         n_0 = self.retriever.settings.initial_context
         if n_0 == 0:
             return {question.question_id: [] for question in questions}
@@ -112,19 +123,22 @@ class Passes:
         with torch.no_grad():
             for batch, queries in self.retrieval_pass(todo, "s_i of S_0"):
                 rows = [rows_of[question.question_id] for question in batch]
-                scores = self._scores(batch, Ask.of(self.retriever, queries, self.backbone), rows)
+                scores = self._scores(batch, Ask.of(self.retriever, queries, self.backbone), rows, k)
                 for question, mine, each in zip(batch, rows, scores, strict=True):
                     scored = list(zip(mine, each.tolist(), strict=True))
                     self._context[question.question_id] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))
         return {question.question_id: self._context[question.question_id] for question in questions}
 
-    def _scores(self, batch: Sequence[Question], ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _scores(self, batch: Sequence[Question], ask: Ask, rows: Sequence[Sequence[int]], k: int) -> list[Tensor]:
         """s_i of rows of each question's own: [n_b]. A mixture's normalisers are taken over the whole pool, once for a question."""
         z = self.searcher.components(ask, rows)
         if ask.kind != "mixture":
             return [each[0] for each in z]
         if any(question.question_id not in self._normalisers for question in batch):
-            self._remember(batch, self.searcher.normalisers(ask))
+            found = self.searcher.normalisers(ask)
+            if found is None:
+                self._find(batch, ask, k)
+            self._remember(batch, found)
         sums = [self._normalisers[question.question_id] for question in batch]
         return [scoring.log_mixture(each[None], mine[None])[0].float() for each, mine in zip(z, sums, strict=True)]
 
@@ -192,7 +206,7 @@ class Reranked:
         self.passes.check(pool)
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:
-        rest, first = self.passes.initial(questions, k), self.passes.context(questions)
+        rest, first = self.passes.initial(questions, k), self.passes.context(questions, k)
         return {key: _by_rank(_distinct([*first[key], *rest[key]]), self.passes.store, k) for key in rest}
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from intra import config
+from intra import cluster, config
 from intra.backbone.model import Backbone
 from intra.data.schema import Question
 from intra.retrieval import benchmark, peers, search
 from intra.retrieval.benchmark import Bench
-from intra.retrieval.pools import Ask
+from intra.retrieval.pools import Ask, Local
 from intra.retrieval.retriever import Retriever
 from intra.retrieval.scorers import Keys
 
@@ -75,6 +76,32 @@ def test_every_part_gives_its_records(
     drawn = benchmark.figures(values)
     assert set(drawn) == {"recall.png", "latency.png", "batch.png", "rows.png"}
     assert all(image.startswith(b"\x89PNG") for image in drawn.values())
+
+
+def test_the_workers_of_a_search_are_started_once(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def started(*_: object) -> Any:
+        asked.append("workers")
+        return Local(store, Keys.of(backbone), 1024, "cpu", True)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cluster, "connect", lambda _: asked.append("Ray"))
+    monkeypatch.setattr(search, "_fleet", started)
+    monkeypatch.setattr(benchmark, "lineage", SimpleNamespace(**dict.fromkeys(("dataset", "retriever", "backbone", "store"), place)))
+    monkeypatch.setattr(benchmark, "read_questions", lambda *_: questions)
+    monkeypatch.setattr(Retriever, "from_pretrained", lambda _: retriever)
+    monkeypatch.setattr("intra.backbone.model.load", lambda *_, **__: backbone)
+    monkeypatch.setattr("intra.store.reader.ChunkStore", lambda _: store)
+    bench = Bench(config.parse({"root": "x", "retriever": {"search": {"workers": 2, "benchmark": SIZES}}}))
+    assert asked == ["Ray", "workers"]
+    benchmark._latency(bench)
+    assert asked == ["Ray", "workers"]
+
+
+def place(_: object) -> SimpleNamespace:
+    return SimpleNamespace(url="here")
 
 
 def test_a_repeated_pool_is_the_pool_again_and_again(store: MemoryStore) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +15,17 @@ from torch import Tensor
 
 from intra import cluster
 from intra.backbone.model import Backbone
+from intra.config import SearchConfig
+from intra.data.schema import Question
 from intra.errors import UserError, WorkflowError
-from intra.retrieval import intrinsic
+from intra.retrieval import intrinsic, search
 from intra.retrieval.fleet import Fleet
 from intra.retrieval.pools import Ask, Form, Local
+from intra.retrieval.retriever import Retriever
 from intra.retrieval.scorers import Keys
 from intra.retrieval.vectorfile import VectorFile
 
-from .conftest import POOLED
+from .conftest import POOLED, MemoryStore
 
 ROWS = 7 * 1024 - 100  # seven tiles
 
@@ -55,6 +60,90 @@ def test_a_vector_file_is_read_as_a_store(vectors: VectorFile) -> None:
     assert torch.equal(torch.cat([tile for _, tile in vectors.tiles(1000, 1500, 2500)]), whole[1500:4000])
     assert torch.equal(vectors.pooled([7000, 3, 3]), whole[[7000, 3, 3]])
     assert list(vectors.tiles(1000, 5, 0)) == []
+
+
+class InProcess:
+    """What the fleet asks of Ray, in this process: an actor is an object, a reference what it stands for, or the error it ends in."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, **node: float) -> None:
+        import ray
+
+        self.started = 0
+        self.fails: list[Exception] = []  # of the next results that are fetched
+        patch.setattr(ray, "remote", lambda **_: lambda made: type("Actor", (), {"remote": functools.partial(self._start, made)}))
+        patch.setattr(ray, "put", lambda value: [lambda: value])
+        patch.setattr(ray, "get", self._get)
+        patch.setattr(ray, "wait", lambda asked, **_: (asked[:1], asked[1:]))
+        patch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node}])
+        patch.setattr(ray, "cluster_resources", lambda: node)
+
+    def _start(self, made: Callable[..., Any], *arguments: Any) -> Any:
+        build, opens, (keys,), *settings = arguments  # a reference that an actor is given comes to it as what it stands for
+        self.started += 1
+        worker = made(build, opens, keys(), *settings)
+        return type("Handle", (), {"work": type("Method", (), {"remote": lambda row: (lambda: worker.work(row),)})})()
+
+    def _get(self, reference: Any) -> Any:
+        if isinstance(reference, tuple) and self.fails:
+            raise self.fails.pop()
+        return reference[0]()
+
+
+def test_workers_of_the_configuration_rank_as_this_process(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    store.url = "here"  # type: ignore[attr-defined]
+    monkeypatch.setattr("intra.store.reader.ChunkStore", lambda url: {"here": store}[url])
+    expected = [each.search(questions, 10) for each in search.methods(search.Passes(backbone, store, retriever))]  # type: ignore[arg-type]
+    process = InProcess(monkeypatch, CPU=8.0)
+    settings = SearchConfig(workers=2, threads=1)
+    found = search.methods(search.Passes(backbone, store, retriever, search=settings))  # type: ignore[arg-type]
+    assert [each.search(questions, 10) for each in found] == expected
+    assert process.started == 1  # all chunks are in one tile
+    assert capsys.readouterr().err.count("workers") == 0
+
+
+def test_workers_that_do_not_fit_are_left_out_and_none_is_one_line(
+    vectors: VectorFile, backbone: Backbone, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    process, ask = InProcess(monkeypatch, CPU=7.0), Ask("per_head", queries, weights, 1.0)
+    pool = fleet(vectors, backbone, workers=4, threads=3)
+    assert (process.started, len(pool.actors), len(pool.parts)) == (2, 2, 4)
+    assert capsys.readouterr().err == "search: 2 of 4 workers (3 CPU each) fit the cluster now; it goes on with those\n"
+    truth = intrinsic.exact(Local(vectors, Keys.of(backbone), 2048, "cpu"), ask, 50, Form("head_space"))
+    assert intrinsic.exact(pool, ask, 50, Form("head_space")).pairs == truth.pairs
+    with pytest.raises(
+        UserError, match=r"^retriever\.search\.workers: no worker of 1 CPU and 1 GPU fits: there are 7 CPU and 0 GPU here; lower"
+    ):
+        fleet(vectors, backbone, workers=4, gpus=1)
+    assert process.started == 2
+
+
+def test_what_a_worker_did_that_was_killed_for_memory_is_done_again(
+    vectors: VectorFile, backbone: Backbone, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    process, ask = InProcess(monkeypatch, CPU=8.0), Ask("per_head", queries, weights, 1.0)
+    pool = fleet(vectors, backbone, workers=2, parts=3)
+    killed = pool.actors[0]
+    process.fails = [OutOfMemoryError("the node runs out of memory")]
+    truth = intrinsic.exact(Local(vectors, Keys.of(backbone), 2048, "cpu"), ask, 50, Form("head_space"))
+    assert intrinsic.exact(pool, ask, 50, Form("head_space")).pairs == truth.pairs
+    assert killed not in pool.actors
+    process.fails = [OutOfMemoryError("the node runs out of memory")] * 99
+    with pytest.raises(WorkflowError, match=r"workers are lost again and again \(the node runs out of memory\); check memory"):
+        pool.best(ask, Form(), 5, None)
+
+
+@pytest.mark.slow
+def test_a_worker_that_fits_no_machine_is_told_at_once(ray_cluster: None, vectors: VectorFile, backbone: Backbone) -> None:
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"no worker of 9999 CPU fits: there are \d+ CPU and 0 GPU here"):
+        fleet(vectors, backbone, workers=1, threads=9999)
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -116,16 +117,75 @@ def test_recall_counts_what_is_kept() -> None:
 def test_a_scorer_that_keeps_too_little_gives_way_and_says_so(
     big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 3)
     truth = intrinsic.exact(local(big, backbone), ask, 20)
     searcher = Searcher(local(big, backbone), SearchConfig(scorer="cascade", candidates=20, recall=1.0))
-    monkeypatch.setattr(intrinsic, "_SCANS", {"cascade": Form("linear"), "int8": Form("linear")})  # integers too keep too little
     assert rows(searcher.find(ask, 20).pairs) == rows(truth.pairs)
-    one, other = capsys.readouterr().err.splitlines()
-    assert one.startswith("search: cascade keeps 0.")
-    assert "of the exact top 20 of 3 questions, less than retriever.search.recall=1.0; int8 takes over" in one
-    assert other.endswith("exact takes over")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("search: cascade keeps 0.")
+    assert line.endswith("of the exact top 20 of 3 questions, less than retriever.search.recall=1.0; exact takes over")
     assert rows(searcher.find(ask, 20).pairs) == rows(truth.pairs)  # from now on without a word
     assert capsys.readouterr().err == ""
+
+
+@layerwise
+@pytest.mark.parametrize("changes", [{"scorer": "cascade", "candidates": 25}, {"scorer": "int8", "candidates": 25, "heads": 0.6}])
+@pytest.mark.parametrize("recall", [0.0, 1.0])
+def test_no_batch_changes_a_ranking_and_the_first_questions_have_the_exact_one(
+    kind: str, changes: dict[str, Any], recall: float, big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 5)
+    keys, generator = Keys.of(backbone), torch.Generator().manual_seed(8)
+    queries = torch.randn(11, *ask.queries.shape[1:], generator=generator) * torch.rand(11, 2, 4, 1, 1, generator=generator)
+    asked = replace(ask, kind=kind, queries=queries)
+    found, normalisers, judged = [], [], []
+
+    def prune(first: Ask) -> Form:
+        judged.append(first.queries)
+        return intrinsic.pruned(first, keys, big.vectors[:500], changes["heads"])
+
+    for size in (1, 2, 4, 5, 11):
+        searcher = Searcher(local(big, backbone), SearchConfig(**changes, recall=recall), sample=prune)
+        batches = [searcher.find(asked.part(first, min(size, 11 - first)), 20) for first in range(0, 11, size)]
+        found.append([mine for batch in batches for mine in rows(batch.pairs)])
+        normalisers.append([each for batch in batches if batch.normalisers is not None for each in batch.normalisers])
+    assert all(each == found[0] for each in found)
+    assert all(torch.equal(each, queries[:5]) for each in judged)
+    assert len(judged) == (5 if changes["scorer"] == "int8" else 0)
+    for each in normalisers:
+        assert len(each) == (11 if kind == "mixture" else 0)
+        torch.testing.assert_close(each, normalisers[0], rtol=0, atol=1e-4)
+    truth = rows(intrinsic.exact(local(big, backbone), asked, 20).pairs)
+    assert found[0][:5] == truth[:5]
+    assert (found[0] == truth) == (recall == 1.0)  # with 0.0 the scan has passed, and shows in the others
+
+
+def test_a_scan_is_checked_as_deep_as_chunks_are_scored_again(
+    backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 3)
+    store, keys = ragged(), Keys.of(backbone)
+    pool, tokens = local(store, backbone), by_states(store, keys)
+    kept = {
+        k: intrinsic.recall(intrinsic.exact(pool, ask, k).pairs, intrinsic.approximate(pool, ask, k, Form("linear"), 45).pairs)
+        for k in (1, 40)
+    }
+    assert kept[40] < kept[1]
+    for rescore, falls in ((0, False), (40, True)):
+        settings = SearchConfig(scorer="cascade", candidates=45, rescore=rescore, recall=kept[1])
+        Searcher(pool, settings, tokens=tokens).find(ask, 1)
+        assert ("of the exact top 40 of 3 questions" in capsys.readouterr().err) == falls
+
+
+def test_what_was_chosen_for_one_depth_is_checked_anew_for_another(
+    big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the ranking of one method does not depend on which other has searched before it."""
+    monkeypatch.setattr(intrinsic, "CHECKED", 3)
+    settings = SearchConfig(scorer="cascade", candidates=20, recall=0.0)
+    searcher, fresh = (Searcher(local(big, backbone), settings) for _ in range(2))
+    searcher.find(ask, 10)
+    assert searcher.find(ask, 30).pairs == fresh.find(ask, 30).pairs == intrinsic.exact(local(big, backbone), ask, 30).pairs
 
 
 def test_a_scorer_that_keeps_enough_is_checked_on_the_first_questions_alone(
@@ -138,10 +198,11 @@ def test_a_scorer_that_keeps_enough_is_checked_on_the_first_questions_alone(
         before = big.tile_reads
         searcher.find(ask, 20)
         reads.append(big.tile_reads - before)
-    assert reads == [2, 2, 1, 1]  # the scan, and while it is checked the exact one
+    assert reads == [1, 2, 1, 1]  # the exact one, once with the scan that it checks, then the scan alone
 
 
-def test_pruned_heads_scan_and_all_heads_rank(big: Big, backbone: Backbone, ask: Ask) -> None:
+def test_pruned_heads_scan_and_all_heads_rank(big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 3)
     weights = ask.weights.clone()
     weights[0, 0] = 1e-6
     ask, keys = replace(ask, weights=weights), Keys.of(backbone)
@@ -150,19 +211,16 @@ def test_pruned_heads_scan_and_all_heads_rank(big: Big, backbone: Backbone, ask:
     assert not form.kept[0][0]
     truth = intrinsic.exact(local(big, backbone), ask, 20)
     searcher = Searcher(local(big, backbone), SearchConfig(scorer="int8", heads=0.9999, recall=1.0), sample=lambda _: form)
-    assert searcher.find(ask, 20).pairs == truth.pairs
+    assert [searcher.find(ask, 20).pairs for _ in range(2)] == [truth.pairs] * 2  # of the check, and of the scan
 
 
-def test_the_rule_of_auto(big: Big, backbone: Backbone, ask: Ask) -> None:
-    def chosen(device: str = "cpu", candidates: int = 100, **changes: object) -> str:
-        searcher = Searcher(local(big, backbone), SearchConfig(scorer="auto", candidates=candidates), device)
-        return searcher.scorer(replace(ask, **changes))  # type: ignore[arg-type]
+def test_the_rule_of_auto(big: Big, backbone: Backbone) -> None:
+    def chosen(candidates: int = 100, kind: str = "per_head") -> str:
+        return Searcher(local(big, backbone), SearchConfig(scorer="auto", candidates=candidates)).scorer(kind)
 
-    assert chosen() == "cascade"
+    assert chosen() == chosen(kind="mixture") == "cascade"
     assert chosen(candidates=126) == "exact"  # a pool of less than 20 times as many
     assert chosen(kind="mixed") == "exact"
-    assert chosen("cuda") == "cascade"
-    assert chosen("cuda", queries=ask.queries[:1].expand(4, -1, -1, -1, -1)) == "exact"
 
 
 def test_the_cheaper_exact_form() -> None:
@@ -170,14 +228,35 @@ def test_the_cheaper_exact_form() -> None:
     keys = Keys(torch.empty(34, 1024, 2560, device="meta"), None, torch.empty(34, 256, device="meta"), 1e-6, 4, 1 / 16)
     assert [cheaper(keys, (b, 34, 8, 64, 256), True) for b in (1, 2, 3, 64)] == ["reverse", "reverse", "head_space", "head_space"]
     assert cheaper(keys, (1, 34, 8, 64, 256), False) == "head_space"
+    assert cheaper(replace(keys, biases=torch.empty(34, 1024, device="meta")), (1, 34, 8, 64, 256), True) == "head_space"
+    assert cheaper(replace(keys, projections=keys.projections.bfloat16()), (1, 34, 8, 64, 256), True) == "head_space"
+
+
+@layerwise
+def test_in_bfloat16_neither_memory_nor_the_batch_changes_a_ranking(kind: str, big: Big, backbone: Backbone, ask: Ask) -> None:
+    whole = Keys.of(backbone)
+    keys = replace(whole, projections=whole.projections.bfloat16())
+    ask = replace(ask, kind=kind, queries=ask.queries.bfloat16())
+    pools_ = [Local(big, keys, 1024, "cpu", in_memory) for in_memory in (False, True)]  # type: ignore[arg-type]
+    for search_by in (
+        lambda pool, part: intrinsic.exact(pool, part, 20),
+        lambda pool, part: intrinsic.approximate(pool, part, 20, Form("linear"), 40),
+    ):
+        found = [rows(search_by(pool, ask).pairs) for pool in pools_]
+        found += [[mine for each in range(len(ask)) for mine in rows(search_by(pool, ask.part(each)).pairs)] for pool in pools_]
+        assert found[1:] == [found[0]] * 3
+    reverse = intrinsic.exact(pools_[1], ask, 20, Form("reverse"))
+    assert rows(reverse.pairs) != rows(intrinsic.exact(pools_[1], ask, 20).pairs)
 
 
 @pytest.mark.parametrize("retriever", ["per_head", "mixture"], indirect=True)
 @pytest.mark.parametrize("scorer", ["head_space", "reverse", "int8", "cascade", "auto"])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_every_scorer_gives_the_methods_their_rankings(
-    scorer: str, in_memory: bool, backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question]
-) -> None:
+    scorer: str, in_memory: bool, backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(intrinsic, "CHECKED", 3)
     expected, found = (
         [
             {key: [c for c, _ in each] for key, each in made.search(questions[:8], 10).items()}
@@ -236,7 +315,7 @@ def test_chunks_are_scored_again_by_all_their_states(kind: str, backbone: Backbo
 
 
 @layerwise
-def test_only_the_best_by_pooled_vectors_are_scored_again(kind: str, backbone: Backbone, ask: Ask) -> None:
+def test_only_the_best_by_pooled_vectors_are_scored_again(kind: str, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, store = replace(ask, kind=kind), ragged()
     tokens, asked = by_states(store, Keys.of(backbone)), []
 
@@ -244,9 +323,12 @@ def test_only_the_best_by_pooled_vectors_are_scored_again(kind: str, backbone: B
         asked.extend(set(each) for each in wanted)
         return tokens(ask, wanted)
 
+    monkeypatch.setattr(intrinsic, "CHECKED", 3)
     plain = Searcher(local(store, backbone), SearchConfig()).find(ask, 40)
     for scorer in ("exact", "int8"):
         searcher = Searcher(local(store, backbone), SearchConfig(scorer=scorer, rescore=12, recall=0.5), tokens=noted)  # type: ignore[arg-type]
+        if scorer == "int8":  # checked, each depth by itself: from now on the scan is asked
+            searcher.find(ask, 5), searcher.find(ask, 40)
         shallow, deep = searcher.find(ask, 5), searcher.find(ask, 40)
         if scorer == "exact":
             assert asked == [{row for row, _ in mine[:12]} for mine in plain.pairs] + [{row for row, _ in mine} for mine in plain.pairs]
@@ -254,7 +336,7 @@ def test_only_the_best_by_pooled_vectors_are_scored_again(kind: str, backbone: B
         if kind == "mixture":
             assert shallow.normalisers is not None
             torch.testing.assert_close(shallow.normalisers, deep.normalisers, rtol=0, atol=0)  # of the first 12, however many are asked for
-            torch.testing.assert_close(searcher.normalisers(ask), deep.normalisers, rtol=0, atol=0)
+            assert searcher.normalisers(ask) is None  # they come from the search
 
 
 def test_scoring_again_needs_states_and_the_exact_score(big: Big, backbone: Backbone) -> None:
@@ -262,6 +344,31 @@ def test_scoring_again_needs_states_and_the_exact_score(big: Big, backbone: Back
         Searcher(local(big, backbone), SearchConfig(rescore=5))
     with pytest.raises(UserError, match=r"rescore is by the exact score; with retriever\.search\.scorer=paper set it to 0"):
         config.parse({"root": "x", "retriever": {"search": {"scorer": "paper", "rescore": 5}}})
+
+
+@pytest.mark.parametrize(
+    ("search_by", "line"),
+    [
+        ({"scorer": "int8", "workers": 2, "gpus_per_worker": 1}, r"scorer=int8 is for CPUs; .*set retriever\.search\.gpus_per_worker to 0"),
+        ({"scorer": "cascade", "candidates": 100, "rescore": 100}, r"candidates=100 must exceed retriever\.search\.rescore=100"),
+    ],
+)
+def test_a_search_that_cannot_do_what_it_is_asked_is_one_line(search_by: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        config.parse({"root": "x", "retriever": {"search": search_by}})
+    config.parse({"root": "x", "retriever": {"search": {**search_by, "scorer": "exact"}}})
+
+
+@pytest.mark.parametrize("retriever", ["mixture"], indirect=True)
+def test_the_order_of_methods_changes_no_ranking(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 4)
+    settings, found = SearchConfig(scorer="cascade", candidates=11, recall=0.0), []
+    for order in (1, -1):
+        made = search.methods(search.Passes(backbone, store, retriever, query_batch=3, search=settings))[::order]  # type: ignore[arg-type]
+        found.append({each.name: each.search(questions, 10) for each in made})
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("retriever", ["per_head", "mixture", "mixed"], indirect=True)
@@ -273,7 +380,7 @@ def test_methods_agree_on_what_is_scored_again(
     for settings in (SearchConfig(), SearchConfig(rescore=60)):
         passes = search.Passes(backbone, store, retriever, query_batch=4, search=settings)  # type: ignore[arg-type]
         whole = passes.intrinsic(asked, 60)
-        for key, scored in passes.context(asked).items():
+        for key, scored in passes.context(asked, 60).items():
             mine = dict(whole[key])
             assert scored == [(row, pytest.approx(mine[row], abs=1e-4)) for row, _ in scored]
 
