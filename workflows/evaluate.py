@@ -4,9 +4,11 @@
     python workflows/evaluate.py --config configs/nightly.yaml --expect > accepted.yaml     # to judge later nights by
     python workflows/evaluate.py --compare runs/a runs/b             # two runs side by side, with paired significance
     python workflows/evaluate.py --config configs/quickstart.yaml evaluate.methods=[bm25,tfidf] evaluate.answers=false     # dataset only
-    ray job submit --working-dir . -- python workflows/evaluate.py --config configs/paper.yaml root=s3://bucket/run
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/evaluate.py --config configs/paper.yaml \\
+        root=s3://bucket/run data.path=s3://bucket/data tracking.uri=http://MLFLOW:5000
 
-With evaluate.workers > 1, or GPUs for them, Ray Data encodes the corpora of the baselines' models; their bytes do not depend on it.
+With evaluate.workers > 1, or GPUs for them, Ray Data encodes the corpora of the baselines' models; their bytes do not depend on it. A
+submitted job with evaluate.gpus_per_worker evaluates in a process of the cluster that has a GPU: its own, on the head, has none.
 Reads the dataset, the chunk store (for answers and INTRA's methods) and the retriever; writes <root>/results/. Prints a table, and the
 path of results.json as its last line. A method that is done stays done: the same command goes on after an interruption.
 """
@@ -14,10 +16,10 @@ path of results.json as its last line. A method that is done stays done: the sam
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from intra import cli, cluster, lineage
+from intra import cli, cluster, lineage, tracking
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import DenseConfig, EvaluateConfig
@@ -54,13 +56,40 @@ def run(config: Config) -> str:
     if not artifact.complete():
         if config.evaluate.workers > 1 or config.evaluate.gpus_per_worker > 0:
             _encode(config)
-        evaluation.make(config, artifact)
+        parent = tracking.current()
+        _placed(config, "evaluate", _evaluate, parent and (parent.uri, parent.run_id))
     return evaluation.publish(config, artifact)
+
+
+def _placed(config: Config, name: str, work: Callable[..., None], *arguments: Any) -> None:
+    """Does `work(configuration's values, *arguments)` here, or, in a submitted job with evaluate.gpus_per_worker, where there is a GPU."""
+    if not cluster.joined() or config.evaluate.gpus_per_worker == 0:
+        work(config.model_dump(), *arguments)
+        return
+    cluster.connect(config)
+    worker = {"CPU": float(config.evaluate.threads), "GPU": max(1.0, config.evaluate.gpus_per_worker)}
+    cluster.wait_for(worker, 1, config.store.wait_minutes, "evaluate.gpus_per_worker", "set it to 0 to evaluate without")
+    cluster.apart(work, config.model_dump(), *arguments, worker=worker, name=name)
+
+
+def _evaluate(values: dict[str, Any], parent: tuple[str, str] | None) -> None:
+    """The evaluation; `parent` is the MLflow run (uri, id) that it lies below."""
+    from intra.config import parse
+
+    config = parse(values)
+    with tracking.below(parent):
+        evaluation.make(config, lineage.results(config))
+
+
+def _tune(values: dict[str, Any], name: str) -> None:
+    from intra.baselines import tuning
+    from intra.config import parse
+
+    tuning.folder(parse(values), name)
 
 
 def _encode(config: Config) -> None:
     """Makes the missing shards of the baselines' corpora on the cluster. The evaluation itself then finds them."""
-    from intra.baselines import tuning
     from intra.data.schema import read_pool
 
     url = lineage.dataset(config).url
@@ -70,7 +99,7 @@ def _encode(config: Config) -> None:
         if missing := made_of.corpus(name, pool).missing():
             model = config.evaluate.models[name]
             if isinstance(model, DenseConfig) and model.tune is not None:
-                tuning.folder(config, name)  # by one process, before many read it
+                _placed(config, f"fine-tuning of {name}", _tune, name)  # by one process, before many read it
             todo += [{"name": name, "first": shard.start, "stop": shard.stop} for shard in missing]
     if todo:
         cluster.connect(config)
@@ -87,21 +116,32 @@ def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> Non
     if settings.gpus_per_worker == 0 and settings.device not in ("auto", "cpu"):
         raise UserError(f"evaluate.device={settings.device}, but evaluate.gpus_per_worker is 0; set it to 1, or set evaluate.device=cpu")
     cluster.quiet_data()
-    rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-        cluster.Stage,
-        fn_constructor_args=(EncodeShard, config.model_dump(), dataset),
-        compute=ActorPoolStrategy(min_size=1, max_size=min(settings.workers, len(todo)), max_tasks_in_flight_per_actor=2),
-        num_cpus=settings.threads,
-        num_gpus=settings.gpus_per_worker or None,
+    rows = cluster.stage(
+        ray.data.from_items(todo, override_num_blocks=len(todo)),
+        (EncodeShard, config.model_dump(), dataset),
+        ActorPoolStrategy(min_size=1, max_size=min(settings.workers, len(todo)), max_tasks_in_flight_per_actor=2),
+        settings.threads,
+        settings.gpus_per_worker,
     )
+    lost = {_shard(row): row for row in todo}
     try:
         with tqdm(total=len(todo), desc="encode for the baselines", unit="shard", disable=None) as bar:
             for row in rows.iter_rows():
-                cluster.check(row, f"evaluate, {row['name']}, shard {row['first']:09d}")
+                cluster.check(row, f"evaluate, {_shard(row)}")
+                del lost[_shard(row)]
                 bar.update()
     except RayError as error:
         reason = " ".join(str(error).split())[:300]
         raise WorkflowError(f"evaluate: a worker was lost ({reason}); shards that are done are kept: run the same command again") from error
+    if lost:
+        raise WorkflowError(
+            f"evaluate: {len(lost)} of {len(todo)} shards were not encoded, their workers were lost again and again (killed, or out of "
+            f"memory): {'; '.join(lost)}; the others are kept: mend the cause and run the same command again"
+        )
+
+
+def _shard(row: Mapping[str, Any]) -> str:
+    return f"{row['name']}, shard {row['first']:09d}"
 
 
 class EncodeShard:

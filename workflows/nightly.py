@@ -3,10 +3,12 @@
     python workflows/nightly.py --config configs/quickstart.yaml
     python workflows/nightly.py --config configs/real.yaml data.path=FOLDER
     python workflows/nightly.py --config configs/quickstart.yaml --dry-run                  # what exists, what will be made
-    ray job submit --working-dir . -- python workflows/nightly.py --config configs/paper.yaml root=s3://bucket/run
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/nightly.py --config configs/paper.yaml \\
+        root=s3://bucket/run data.path=s3://bucket/data tracking.uri=http://MLFLOW:5000
 
 One MLflow run, with the run of each step below it. Prints evaluate's table, and the path of results.json as its last line. Where figures
-fell below what `evaluate.expected` holds (a file with `gate: true`): exit status 3, and a line that names them.
+fell below what `evaluate.expected` holds (a file with `gate: true`): exit status 3, and a line that names them; 2 where such a file is of
+another dataset, or names what was not run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     <root>/vectors/<fingerprint>/000000000.safetensors   of the `evaluate.shard_chunks` texts from this one on: `vectors` [T, d], one a text
                                                          (dense, float32) or one a token (late, float16), and `lengths` int32 [texts]
-    <root>/vectors/<fingerprint>/manifest.json           last: texts, vectors, d, how many texts were cut
+    <root>/vectors/<fingerprint>/seconds/000000000.json  what making the shard took, without loading the model
+    <root>/vectors/<fingerprint>/manifest.json           last: texts, vectors, d, texts that were cut, all shards' seconds (null: unknown)
 
 A text is encoded once, however many chunks have it: they tie. A shard is written in one piece, so one that is there is done: a run that was
 cut off goes on with the next. Memory: one shard.
@@ -10,6 +11,7 @@ cut off goes on with the next. Memory: one shard.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,6 +61,7 @@ class Corpus:
         self._make = encoder
         self._made: Encoder | None = None
         self._half = half
+        self.here = 0.0  # seconds of the shards that this object has made
         owners: dict[str, list[str]] = {}
         for chunk_id, text in zip(pool.chunk_ids, pool.title_and_text(), strict=True):
             owners.setdefault(text, []).append(chunk_id)
@@ -70,6 +73,16 @@ class Corpus:
         """Of the complete corpus: texts, vectors, dimension."""
         found = self._artifact.manifest()
         return {name: int(found[name]) for name in ("texts", "vectors", "dimension")}
+
+    @property
+    def fingerprint(self) -> str:
+        return self._artifact.fingerprint
+
+    @property
+    def seconds(self) -> float | None:
+        """What encoding the complete corpus took, whichever processes and runs did it; None where it was not written down."""
+        found: float | None = self._artifact.manifest().get("seconds")
+        return found
 
     @property
     def encoder(self) -> Encoder:
@@ -86,16 +99,20 @@ class Corpus:
         """Makes one shard."""
         from safetensors.numpy import save
 
-        texts = self.texts[shard.start : shard.stop]
-        vectors, lengths = self.encoder.passages(texts)
+        texts, encoder = self.texts[shard.start : shard.stop], self.encoder
+        start = time.perf_counter()
+        vectors, lengths = encoder.passages(texts)
         if not np.isfinite(vectors).all():
             raise WorkflowError(f"method {self.name}: the model gives vectors that are not finite; set its dtype to float32")
         data = {
             "vectors": vectors.astype(np.float16) if self._half else vectors,
             "lengths": np.array(lengths, np.int32),
-            "cut": np.array([self.encoder.cut(texts)]),
+            "cut": np.array([encoder.cut(texts)]),
         }
         storage.write_bytes(self._artifact.path(_file(shard)), save(data))
+        taken = time.perf_counter() - start
+        storage.write_json(self._seconds_of(shard), taken)
+        self.here += taken
 
     def complete(self) -> None:
         """Makes the shards that are missing, and the manifest."""
@@ -107,13 +124,16 @@ class Corpus:
         cut = sum(size[2] for size in sizes)
         if cut:
             print(f"{self.name}: {cut:,} of {len(self.texts):,} texts are longer than the model reads and were cut")
-        self._artifact.finish(
-            {"texts": len(self.texts), "vectors": sum(size[0] for size in sizes), "dimension": sizes[0][1] if sizes else 0, "cut": cut}
-        )
+        times = [storage.read_json(place) if storage.exists(place) else None for place in map(self._seconds_of, self.shards)]
+        facts = {"texts": len(self.texts), "vectors": sum(size[0] for size in sizes), "dimension": sizes[0][1] if sizes else 0, "cut": cut}
+        self._artifact.finish({**facts, "seconds": None if None in times else sum(times)})
 
     def blocks(self) -> Iterator[Block]:
         """Every shard, in order, with a progress bar. Raises WorkflowError where a file is not what was written."""
         yield from tqdm(self._read(), desc=self.name, unit="shard", total=len(self.shards), disable=None)
+
+    def _seconds_of(self, shard: range) -> str:
+        return self._artifact.path("seconds", f"{shard.start:09d}.json")
 
     def _read(self) -> Iterator[Block]:
         for shard in self.shards:

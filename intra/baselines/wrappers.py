@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from intra.baselines.corpus import Corpus
 from intra.baselines.models import Cross, operations
 from intra.data.schema import Pool, Question
 from intra.method import Ranking, Rankings, ordered
@@ -69,6 +70,12 @@ class Rerank:
         scores = self._scorer.scores(questions, candidates)
         return {key: ordered(zip(chunks, scores[key], strict=True), k) for key, chunks in candidates.items()}
 
+    @property
+    def corpus(self) -> Corpus | None:
+        """What the scores are read from; None: a cross-encoder reads the texts."""
+        found: Corpus | None = getattr(self._scorer, "corpus", None)
+        return found
+
     def operations(self, questions: Sequence[Question]) -> float:
         """Of the scores alone."""
         depth = max((len(ranking) for ranking in self._first().values()), default=0)
@@ -78,23 +85,28 @@ class Rerank:
 class Fusion:
     """Reciprocal rank fusion (Cormack et al. 2009): the sum over the methods of 1 / (constant + rank), ranks from 1."""
 
-    def __init__(self, name: str, parts: Callable[[], Sequence[Rankings]], constant: int) -> None:
-        """`parts` gives the other methods' rankings of the questions, as deep as they count."""
+    def __init__(self, name: str, parts: Callable[[], Sequence[Rankings]], constant: int, fills: Sequence[bool]) -> None:
+        """`parts` gives the other methods' rankings of the questions, as deep as they count; `fills`: see `fuse`."""
         self.name = name
         self._parts = parts
         self._constant = constant
+        self._fills = fills
 
     def index(self, pool: Pool) -> None:
         pass
 
     def search(self, questions: Sequence[Question], k: int) -> Rankings:
         found = self._parts()
-        return {q.question_id: fuse([rankings[q.question_id] for rankings in found], self._constant, k) for q in questions}
+        return {q.question_id: fuse([rankings[q.question_id] for rankings in found], self._constant, k, self._fills) for q in questions}
 
 
-def fuse(rankings: Sequence[Ranking], constant: int, k: int) -> Ranking:
+def fuse(rankings: Sequence[Ranking], constant: int, k: int, fills: Sequence[bool]) -> Ranking:
+    """`fills`: for each ranking, whether chunks of score zero are none that its method found (`EvaluateConfig.fills`).
+
+    These have no rank; with score zero they fill up the fused ranking where fewer than k chunks were found.
+    """
     scores: dict[str, float] = {}
-    for ranking in rankings:
-        for rank, (chunk, _) in enumerate(ranking, start=1):
-            scores[chunk] = scores.get(chunk, 0.0) + 1 / (constant + rank)
+    for ranking, filled in zip(rankings, fills, strict=True):
+        for rank, (chunk, score) in enumerate(ranking, start=1):
+            scores[chunk] = scores.get(chunk, 0.0) + (0.0 if filled and score == 0 else 1 / (constant + rank))
     return ordered(scores.items(), k)

@@ -56,23 +56,26 @@ def records(tables: Mapping[str, Mapping[int, Table]], names: Sequence[str], res
 
 
 def markdown(found: Sequence[Record], metric: str) -> str:
-    """One metric: a line per row, a column per benchmark and question type; the seeds' spread; the difference over all questions."""
-    benchmarks = list(dict.fromkeys(record["benchmark"] for record in found))
-    lines = [
-        "| row | " + " | ".join(f"{name} [95 %]" for name in benchmarks) + " | seeds | difference |",
-        "|---" * (len(benchmarks) + 3) + "|",
-    ]
+    """One metric: a line per row, a column per benchmark and question type; of each whole benchmark the seeds' spread and difference."""
+    benchmarks, whole = list(dict.fromkeys(record["benchmark"] for record in found)), results.whole(found)
+    last = [f"{title}, {name}" if len(whole) > 1 else title for name in whole for title in ("seeds", "difference")]
+    titles = ["row", *(f"{name} [95 %]" for name in benchmarks), *last]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in dict.fromkeys(record["row"] for record in found):
         cells = {r["benchmark"]: r for r in found if r["row"] == row and r["metric"] == metric}
         if not cells:
             continue
-        whole = cells[benchmarks[0]]
-        change = (
-            f"{whole['difference']:+.3f} [{whole['difference_low']:+.3f}, {whole['difference_high']:+.3f}]"
-            if whole["difference"] is not None
-            else ""
-        )
-        spread = f"{min(whole['seeds']):.3f} to {max(whole['seeds']):.3f}"
         shown = [results.interval(cells[name]) if name in cells else "" for name in benchmarks]
-        lines.append("| " + " | ".join([row, *shown, spread, change]) + " |")
+        changes = [text for name in whole for text in (_spread(cells.get(name)), _change(cells.get(name)))]
+        lines.append("| " + " | ".join([row, *shown, *changes]) + " |")
     return "\n".join(lines)
+
+
+def _spread(record: Record | None) -> str:
+    return "" if record is None else f"{min(record['seeds']):.3f} to {max(record['seeds']):.3f}"
+
+
+def _change(record: Record | None) -> str:
+    if record is None or record["difference"] is None:
+        return ""
+    return f"{record['difference']:+.3f} [{record['difference_low']:+.3f}, {record['difference_high']:+.3f}]"

@@ -1,4 +1,5 @@
-"""What a method takes: seconds and the process's memory, measured; operations, counted from the shapes.
+"""What a method takes: seconds and the process's memory, measured; operations, counted from the shapes. The seconds of an encoded corpus
+are those of all workers together.
 
 Operations are those of matrix products, a multiplication and an addition counted as two, of one question: what does not depend on the
 machine. Those of INTRA are of the exact search in head space (`retrieval/scoring.py`), whichever scorer ran; a lexical method's are two for

@@ -4,7 +4,7 @@
     ok: 0.5                 OK where the value is off by at most so many margins, nearly up to `near`, FAIL beyond
     near: 1
     sides: below            both: too high is off too (the paper reproduced); below: only too low is
-    gate: true              a FAIL is a regression: nightly exits 3
+    gate: true              a FAIL is a regression: nightly exits 3; and 2 where not every value can be judged
     pool_sha256, questions_sha256     of the dataset the values were measured on; where given, no other is judged by them
     lines:
       - {source: commit 1a2b3c4, benchmark: synthetic, metric: em, values: {intra: [0.763, 0.717, 0.813], bm25: [0.5, 0.44, 0.557]}}
@@ -80,11 +80,13 @@ class Expectations(Section):
 
 
 def load(url: str) -> Expectations:
-    """Raises UserError: no such file, not YAML, an unknown key or a wrong value."""
+    """Raises UserError: no such file, a folder, not YAML, an unknown key or a wrong value."""
     try:
         values = yaml.safe_load(storage.read_bytes(url))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"evaluate.expected: no file {url}; configs/expected/*.yaml come with the project") from None
+    except IsADirectoryError:
+        raise UserError(f"evaluate.expected: {url} is a folder; name its files") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{url}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
@@ -125,6 +127,14 @@ def _judged(mine: Sequence[Record], parts: int, line: Record, expected: Expectat
     size = 0.0 if expected.sides == "below" and off > 0 else abs(off) - ROUNDING
     verdict = "OK" if size <= expected.ok * margin else "nearly" if size <= expected.near * margin else "FAIL"
     return {"value": value, "low": value - below, "high": value + above, "verdict": verdict}
+
+
+def unjudged(judged: Sequence[Record], expected: Expectations) -> list[str]:
+    """Why the file does not say how a night went: nothing of it was judged, or not all; empty where all was."""
+    if not judged:
+        return [f"against {expected.name}: nothing is judged, its values are of another dataset or of no method"]
+    absent = [f"{r['of']}, {r['benchmark']}, {results.title(r['metric'])}" for r in judged if r["verdict"] == "not run"]
+    return [f"against {expected.name}: {len(absent)} of {len(judged)} values not run, such as {absent[0]}"] if absent else []
 
 
 def regressions(judged: Sequence[Record]) -> list[Record]:

@@ -36,13 +36,15 @@ class Parts:
         from intra.backbone import model
 
         torch.set_num_threads(self.config.evaluate.threads)
-        settings = self.config.backbone
-        return model.load(lineage.backbone(self.config).url, dtype=settings.dtype, device=settings.device, prompt=settings.prompt)
+        settings, on_gpu = self.config.backbone, self.config.evaluate.gpus_per_worker > 0
+        device = "cuda" if settings.device == "auto" and on_gpu else settings.device  # a GPU that was asked for and is not seen is refused
+        return model.load(lineage.backbone(self.config).url, dtype=settings.dtype, device=device, prompt=settings.prompt)
 
     @cached_property
     def store(self) -> ChunkStore:
         from intra.store.reader import ChunkStore
 
+        lineage.check_store(self.config)
         return ChunkStore(lineage.store(self.config).url)
 
     @cached_property
@@ -101,7 +103,8 @@ class Parts:
         model = self.config.evaluate.models.get(name)
         if isinstance(model, FusionConfig):
             fusion = model
-            return wrappers.Fusion(name, lambda: [first(part, fusion.depth) for part in fusion.of], fusion.k)
+            fills = [self.config.evaluate.fills(part) for part in fusion.of]
+            return wrappers.Fusion(name, lambda: [first(part, fusion.depth) for part in fusion.of], fusion.k, fills)
         if isinstance(model, RerankConfig):
             rerank = model
             return wrappers.Rerank(name, lambda: first(rerank.of, rerank.depth), self._scorer(rerank.by))
@@ -127,16 +130,22 @@ class Parts:
         return (dense.Late if isinstance(model, LateConfig) else dense.Dense)(name, lambda pool: self.corpus(name, pool))
 
 
+def model(config: Config, name: str) -> str | None:
+    """The model by which the method itself, without its parts, reads texts; None: it has none."""
+    settings = config.evaluate.models.get(name)
+    name = settings.by if isinstance(settings, RerankConfig) else name
+    return name if isinstance(config.evaluate.models.get(name), ModelConfig) else None
+
+
+def encoder(config: Config, name: str) -> str | None:
+    """The model whose corpus the method itself reads; None: it reads none."""
+    found = model(config, name)
+    return None if found is None or isinstance(config.evaluate.models[found], CrossConfig) else found
+
+
 def encoded(config: Config) -> list[str]:
     """The models whose corpora the methods need."""
-    found = []
-    for name in config.evaluate.depths():
-        model = config.evaluate.models.get(name)
-        name = model.by if isinstance(model, RerankConfig) else name
-        model = config.evaluate.models.get(name)
-        if isinstance(model, ModelConfig) and not isinstance(model, CrossConfig):
-            found.append(name)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found for name in config.evaluate.depths() if (found := encoder(config, name))))
 
 
 def needed(config: Config) -> list[Artifact]:

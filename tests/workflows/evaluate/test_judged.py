@@ -57,7 +57,7 @@ def test_ablation_sets_its_rows_in_one_table(
 def test_results_are_judged_and_a_fall_ends_a_night_with_3(
     finished: tuple[Config, str], ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What evaluate --expect prints expects these results again; a fall below it is named; another dataset's values judge nothing."""
+    """What evaluate --expect prints expects these results again; a fall below it is named; a night its gate cannot judge is refused."""
     config, _ = finished
     linked(config, tmp_path, "ranking", "answers")
     values = {**config.model_dump(), "root": str(tmp_path), "tracking": {"uri": ledger, "experiment": "judged"}}
@@ -91,6 +91,19 @@ def test_results_are_judged_and_a_fall_ends_a_night_with_3(
         assert "against the last nightly run: 23 OK, 1 FAIL" in out.splitlines()
     assert cli.main("", evaluate.plan, evaluate.run, judge) == 0  # evaluate judges, but only a night fails by it
     capsys.readouterr()
-    expected.write_text(expected.read_text().replace("questions_sha256: ", "questions_sha256: 0"))
+
+    expected.write_text(f"{head}{now}, absent: 0.5{rest}")
+    assert cli.main("", nightly.plan, nightly.run, judge) == 2
+    out, error = capsys.readouterr()
+    assert "against the last nightly run: 24 OK, 1 not run" in out.splitlines()
+    assert "error: against the last nightly run: 1 of 25 values not run, such as absent, synthetic, F1: this night" in error
+    expected.write_text(text.replace("questions_sha256: ", "questions_sha256: 0"))
+    for _ in range(2):
+        assert cli.main("", nightly.plan, nightly.run, judge) == 2
+        out, error = capsys.readouterr()
+        assert "against the last nightly run: not judged, its values are of another dataset" in out
+        assert "nothing is judged" in error.splitlines()[-1]
+        assert "(workflows/evaluate.py --expect)" in error.splitlines()[-1]
+    expected.write_text(text.replace("questions_sha256: ", "questions_sha256: 0").replace("gate: true", "gate: false"))
     assert cli.main("", nightly.plan, nightly.run, judge) == 0
     assert "against the last nightly run: not judged, its values are of another dataset" in capsys.readouterr().out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from intra import cli, lineage, storage, tracking
 from intra import config as configuration
 from intra.backbone import model as backbones
 from intra.config import Config
-from intra.errors import UserError
+from intra.errors import UserError, WorkflowError
 from intra.evaluation import metrics
 from workflows import evaluate, nightly, prepare
 
@@ -167,10 +169,56 @@ def test_workers_encode_the_same_corpus(model: Path, ledger: str, tmp_path: Path
                 patch.setattr(Corpus, "encode", lambda *_: pytest.fail("the workers have done it"))
             place = evaluate.run(config)
         vectors = lineage.vectors(config, "tiny")
-        made[workers] = {name: storage.read_bytes(vectors.path(name)) for name in storage.names(vectors.url)}
+        made[workers] = {name: storage.read_bytes(vectors.path(name)) for name in storage.names(vectors.url) if "safetensors" in name}
         made[workers]["results"] = Path(place).read_bytes()
-    assert len(made[1]) == 4 + 2
+    assert len(made[1]) == 4 + 1
     assert made[1] == made[2]
+
+
+class Mapped:
+    """A data set of Ray's in this process: the rows by a stage, without those that are lost."""
+
+    def __init__(self, rows: list[dict[str, Any]], work: Any) -> None:
+        self.rows, self.work = rows, work
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return map(self.work, self.rows)
+
+
+def test_shards_whose_workers_died_again_and_again_are_named(
+    model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage that ends the retries leaves them out."""
+    import ray.data
+
+    from intra import cluster
+    from tests.baselines.conftest import SIZES, saved
+
+    folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
+    config = settings(tmp_path / "run", model, ledger, methods=["tiny"], answers=False, models={"tiny": tiny_dense(folder)},
+                      shard_chunks=16, workers=2, device="cpu")  # fmt: skip
+    prepare.run(config)
+    monkeypatch.setattr(cluster, "connect", lambda _: None)
+    monkeypatch.setattr(ray.data, "from_items", lambda rows, **_: rows)
+    monkeypatch.setattr(cluster, "stage", lambda rows, build, *_: Mapped(rows[:2] + rows[3:], cluster.Stage(*build)))
+    with pytest.raises(WorkflowError, match=r"evaluate: 1 of 4 shards were not encoded.*: tiny, shard 000000032; the others are kept"):
+        evaluate.run(config)
+    assert {"000000000.safetensors", "000000048.safetensors"} < set(storage.names(lineage.vectors(config, "tiny").url))
+    assert not lineage.results(config).complete()
+
+
+def test_a_device_that_is_not_there_is_named_before_the_first_method(model: Path, ledger: str, tmp_path: Path) -> None:
+    from tests.baselines.conftest import SIZES, saved
+
+    folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
+    table = {"tiny": tiny_dense(folder), "again": {"kind": "rerank", "of": "bm25", "by": "tiny", "depth": 20}}
+    for methods in (["bm25", "tiny"], ["bm25", "again"]):
+        config = settings(tmp_path / "run", model, ledger, methods=methods, answers=False, models=table, device="gpu")
+        prepare.run(config)
+        with pytest.raises(UserError, match=r"^evaluate\.device: found 'gpu'; give auto, cpu or cuda$"):
+            evaluate.run(config)
+        assert not Path(config.root, "ranking").exists()
+    evaluate.run(settings(tmp_path / "run", model, ledger, methods=["bm25"], answers=False, device="gpu"))  # no model is asked for
 
 
 def test_on_s3(s3_root: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +255,34 @@ def test_what_every_method_takes(finished: tuple[Config, str]) -> None:
     own = storage.read_json(lineage.ranking(config, "intra").path("manifest.json"))
     assert costs["intra"]["search_seconds"] == pytest.approx(own["search_seconds"] + s_0["search_seconds"])
     assert operations["intra"] == pytest.approx(own["operations"] + s_0["operations"])
+
+
+def test_the_encoding_of_a_corpus_counts_once_whoever_did_it(
+    model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four shards that workers have made in 1,000 seconds each; a ranking that does not tell what encoding took has no seconds."""
+    from intra.baselines.corpus import Corpus
+    from intra.data.schema import read_pool
+    from intra.evaluation.parts import Parts
+    from intra.evaluation.run import Searches
+    from tests.baselines.conftest import SIZES, saved
+
+    folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
+    models = {"tiny": tiny_dense(folder), "again": {"kind": "rerank", "of": "tiny", "by": "tiny", "depth": 12}}
+    config = settings(tmp_path / "run", model, ledger, methods=["tiny", "again", "bm25"], answers=False, models=models, shard_chunks=16)
+    prepare.run(config)
+    worker = evaluate.EncodeShard(config.model_dump(), lineage.dataset(config).url)
+    for first in range(0, 60, 16):
+        worker({"name": "tiny", "first": first, "stop": min(first + 16, 60)})
+        storage.write_json(lineage.vectors(config, "tiny").path("seconds", f"{first:09d}.json"), 1000.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "encode", lambda *_: pytest.fail("the workers have done it"))
+        evaluate.run(config)
+    costs = {cost["method"]: cost for cost in storage.read_json(lineage.results(config).path("costs.json"))}
+    assert all(4000 < costs[name]["index_seconds"] < 4100 for name in ("tiny", "again"))
+    assert all(0 < costs[name]["search_seconds"] < 100 for name in costs)
+    assert costs["bm25"]["index_seconds"] < 100
+    ranking = lineage.ranking(config, "tiny")
+    storage.write_json(ranking.path("manifest.json"), {key: value for key, value in ranking.manifest().items() if key != "encoding"})
+    searches = Searches(Parts(config), [], read_pool(lineage.dataset(config).url))
+    assert [searches.cost(name)["index_seconds"] is None for name in ("tiny", "again", "bm25")] == [True, True, False]
