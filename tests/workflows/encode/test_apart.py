@@ -21,6 +21,10 @@ def seen(error: Exception | None = None) -> tuple[int, str]:
     return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+def lost() -> None:
+    os._exit(1)
+
+
 @pytest.mark.slow
 def test_work_apart_sees_its_gpu_and_its_errors_come_back(joined: Head) -> None:
     cluster.connect()
@@ -35,7 +39,7 @@ def test_work_apart_sees_its_gpu_and_its_errors_come_back(joined: Head) -> None:
     with pytest.raises(WorkflowError, match=r"^evaluate: ValueError: not foreseen; run the same command again$"):
         cluster.apart(seen, ValueError("not foreseen"), worker=ONE, name="evaluate")
     with pytest.raises(WorkflowError, match=r"evaluate: the process on the cluster was lost .*run the same command again"):
-        cluster.apart(os._exit, 1, worker=ONE, name="evaluate")
+        cluster.apart(lost, worker=ONE, name="evaluate")
 
 
 @pytest.mark.slow
