@@ -267,12 +267,12 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
     if model is not None:
         asked = model.model_dump(include={"query_prompt", "query_length", "ivf"}, exclude_none=True)
         return [vectors(config, name, marks).fingerprint, asked]
-    if name in ("intra", "maxsim", "s0_reranked"):
+    if name == "maxsim":
+        return [marks.store, config.retriever.initial_scoring]  # by the question's encoder states: no decoder, no retriever
+    if name in ("intra", "s0_reranked"):
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
         search = config.retriever.search
         made_of: list[object] = [marks.store, marks.retriever, config.backbone.prompt, answer]
-        if name == "maxsim":
-            return made_of
         if search.scorer not in EXACT:
             made_of += [search.scorer, search.candidates, search.recall, search.heads]
             made_of += [] if search.scorer == "paper" else [{"scans": SCANS}]

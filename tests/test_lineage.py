@@ -67,6 +67,26 @@ def test_an_approximate_scorer_names_its_rule_in_the_ranking_and_an_exact_one_no
     assert {maxsim for _, maxsim in before.values()} == {names("cascade")[1]}
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "same"),
+    [
+        ("retriever.train.steps", 7, True),
+        ("retriever.initial_context", 9, True),
+        ("backbone.warmstart.steps", 7, True),
+        ("backbone.prompt", "Question: {question}\n", True),
+        ("retriever.initial_scoring", "cosine", False),
+        ("retriever.pooled_length", 3, False),
+        ("backbone.dtype", "bfloat16", False),
+    ],
+)
+def test_s_0_is_named_by_the_states_and_how_they_are_compared(config: Config, path: str, value: object, same: bool) -> None:
+    """It asks by the question's encoder states: another retriever, or decoder over the same encoder, finds the same."""
+    other = changed(config, path, value)
+    assert lineage.retriever(config) != lineage.retriever(other)
+    assert (lineage.ranking(config, "maxsim") == lineage.ranking(other, "maxsim")) == same
+    assert lineage.ranking(config, "intra") != lineage.ranking(other, "intra")
+
+
 def test_exact_scorers_share_a_ranking_in_float32_alone(config: Config) -> None:
     half = changed(config, "backbone.dtype", "bfloat16")
     for name, ours in (("intra", 2), ("s0_reranked", 2), ("maxsim", 1)):
