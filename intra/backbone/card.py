@@ -177,6 +177,6 @@ Text only; {parameters:,} parameters ({classes}). {supervision}
 - Loss weights: {losses}.
 - Training: {length}; seed {config.seed}; {seconds / 60:.1f} minutes with {recipe.workers} worker(s) of
   {recipe.threads} thread(s) (since the last start, where the run was cut off){how}.
-- Command: `python workflows/warmstart.py --config configs/{config.tracking.experiment}.yaml backbone.train=true`
+- Command: `python workflows/warmstart.py --config configs/{config.tracking.experiment}.yaml backbone.train=true seed={config.seed}`
 - Training metrics, mean of the last steps: {last} (`curve.parquet`, `curve.png`: the whole run).
 """ + "".join(f"{line}\n" for line in reading)

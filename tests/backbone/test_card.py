@@ -44,3 +44,9 @@ def test_the_shipped_backbones_card_is_as_written() -> None:
     head = (QUICKSTART / "README.md").read_text().split("---\n")[1]
     config = parse({"root": "unused", "backbone": {"train": True}})
     assert card.card(config, DATASET, 1000, 60.0, {}, {}).split("---\n")[1] == head
+
+
+def test_the_command_names_the_seed() -> None:
+    config = parse({"root": "unused", "seed": 7, "backbone": {"train": True}, "tracking": {"experiment": "quickstart"}})
+    text = card.card(config, DATASET, 1000, 60.0, {"total": 1.5}, {})
+    assert "`python workflows/warmstart.py --config configs/quickstart.yaml backbone.train=true seed=7`" in text
