@@ -118,8 +118,13 @@ def fits(worker: Mapping[str, float]) -> int:
 
 
 def amounts(worker: Mapping[str, float]) -> str:
-    """{"CPU": 2.0, "GPU": 1.0} in words: 2 CPU and 1 GPU."""
+    """{"CPU": 2.0, "GPU": 1.0} in words: 2 CPU and 1 GPU. What a worker asks none of is left out."""
     return " and ".join(f"{amount:g} {kind}" for kind, amount in worker.items() if amount)
+
+
+def here() -> str:
+    """What the cluster has, in words, a GPU that is not there too: 7 CPU and 0 GPU."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources().items())
 
 
 def wait_for(worker: Mapping[str, float], wanted: int, minutes: float, name: str, remedy: str, least: int = 1) -> None:
@@ -132,9 +137,8 @@ def wait_for(worker: Mapping[str, float], wanted: int, minutes: float, name: str
     while (found := fits(worker)) < least:
         few = f"no worker of {amounts(worker)} fits" if least == 1 else f"{found} of {least} workers of {amounts(worker)} fit"
         if time.monotonic() >= deadline:
-            has = amounts(resources())
             raise UserError(
-                f"{name}: {few}: there are {has} here; {remedy}, add machines, or set store.wait_minutes where an autoscaler adds them"
+                f"{name}: {few}: there are {here()} here; {remedy}, add machines, or set store.wait_minutes where an autoscaler adds them"
             )
         if not asked:
             print(f"{name}: {few} as yet; waiting up to {minutes:g} minutes", file=sys.stderr)

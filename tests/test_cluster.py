@@ -90,7 +90,7 @@ def test_machines_that_an_autoscaler_adds_are_waited_for(monkeypatch: pytest.Mon
     assert capsys.readouterr().err == line
     monkeypatch.setattr(cluster, "fits", lambda worker: 0)
     with pytest.raises(
-        UserError, match=r"^store.workers: no worker of 1 CPU and 1 GPU fits: there are 4 CPU here; lower store.threads, add"
+        UserError, match=r"^store.workers: no worker of 1 CPU and 1 GPU fits: there are 4 CPU and 0 GPU here; lower store.threads, add"
     ):
         cluster.wait_for(worker, 3, 0, "store.workers", "lower store.threads")
 

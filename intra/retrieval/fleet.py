@@ -167,13 +167,12 @@ class Fleet:
 def _fitting(wanted: int, threads: int, gpus: float) -> int:
     """So many of the workers that are wanted as fit the cluster as it stands: others would never start, in silence. Raises UserError where
     none does."""
-    fit = cluster.fits({"CPU": threads, "GPU": gpus})
-    needs = f"{threads:g} CPU and {gpus:g} GPU" if gpus else f"{threads:g} CPU"
+    worker = {"CPU": threads, "GPU": gpus}
+    fit, needs = cluster.fits(worker), cluster.amounts(worker)
     if not fit:
-        has = " and ".join(f"{amount:g} {name}" for name, amount in cluster.resources().items())
         raise UserError(
-            f"retriever.search.workers: no worker of {needs} fits: there are {has} here; lower retriever.search.gpus_per_worker or "
-            "retriever.search.threads, or add machines"
+            f"retriever.search.workers: no worker of {needs} fits: there are {cluster.here()} here; lower "
+            "retriever.search.gpus_per_worker or retriever.search.threads, or add machines"
         )
     if fit < wanted:
         print(f"search: {fit} of {wanted} workers ({needs} each) fit the cluster now; it goes on with those", file=sys.stderr)
