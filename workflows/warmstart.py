@@ -14,7 +14,6 @@ point, the same command goes on from the last checkpoint, to the same weights. C
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from intra import cli, cluster, lineage, storage, tracking
 from intra.artifact import Artifact
 from intra.backbone import card, whitened
 from intra.config import Config
+from intra.data import files
 from intra.errors import UserError, WorkflowError
 from intra.store import claim
 
@@ -141,7 +141,7 @@ def _finish(values: dict[str, Any], checkpoint: Any, seconds: float, run: tuple[
         (Path(temporary) / "curve.png").write_bytes(card.figure(rows, {stage.start: stage.name for stage in stages}))
         for name in ("README.md", "curve.parquet", "curve.png"):
             step.log_artifact(Path(temporary) / name, name)
-        digests = {path.name: _sha256(path) for path in sorted(Path(temporary).iterdir())}
+        digests = {path.name: files.digest(str(path)) for path in sorted(Path(temporary).iterdir())}
         storage.upload(temporary, artifact.url)
     # Not config.json, which is the model's own here.
     storage.write_json(artifact.path("run.json"), tracking.resolved(config))
@@ -155,11 +155,6 @@ def _finish(values: dict[str, Any], checkpoint: Any, seconds: float, run: tuple[
             "reading": {name: value for name, (value, _) in scores.items()},
         }
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:  # the weights may be larger than the memory
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _fit(config: Config, training: str, step: tracking.Run) -> Any:
