@@ -284,7 +284,7 @@ def load(model: str, revision: str | None = None, *, dtype: str = "float32", dev
 
     from intra.backbone import adopted
 
-    place, kind = _device(device), _dtype(dtype)
+    place, kind = device_of(device), _dtype(dtype)
     folder = resolve(model, revision)
     name = f"backbone.model '{model}'"
     tokenizer = load_tokenizer(str(folder))
@@ -318,15 +318,16 @@ def load(model: str, revision: str | None = None, *, dtype: str = "float32", dev
     return Backbone(loaded.to(place).eval(), tokenizer, prompt)
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str, key: str = "backbone.device") -> torch.device:
+    """The device of a configuration's `key`: auto, or a name of torch's. Raises UserError: no such device, or no GPU here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UserError(f"backbone.device: found '{device}'; give auto, cpu or cuda") from None
+        raise UserError(f"{key}: found '{device}'; give auto, cpu or cuda") from None
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"backbone.device: found '{device}', but torch sees no GPU here; give auto or cpu")
+        raise UserError(f"{key}: found '{device}', but torch sees no GPU here; give auto or cpu")
     return place
 
 

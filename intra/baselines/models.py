@@ -238,10 +238,7 @@ def device_of(name: str) -> str | None:
     """`evaluate.device` as sentence-transformers takes it. Raises UserError: no such device, or no GPU here."""
     from intra.backbone import model as backbones
 
-    try:
-        backbones._device(name)
-    except UserError as error:
-        raise UserError(str(error).replace("backbone.device", "evaluate.device")) from None
+    backbones.device_of(name, "evaluate.device")
     return None if name == "auto" else name
 
 
