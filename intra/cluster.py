@@ -138,7 +138,7 @@ def wait_for(worker: Mapping[str, float], wanted: int, minutes: float, name: str
         few = f"no worker of {amounts(worker)} fits" if least == 1 else f"{found} of {least} workers of {amounts(worker)} fit"
         if time.monotonic() >= deadline:
             raise UserError(
-                f"{name}: {few}: there are {here()} here; {remedy}, add machines, or set store.wait_minutes where an autoscaler adds them"
+                f"{name}: {few}: there are {here()} here; {remedy}, add machines, or set cluster.wait_minutes where an autoscaler adds them"
             )
         if not asked:
             print(f"{name}: {few} as yet; waiting up to {minutes:g} minutes", file=sys.stderr)

@@ -292,9 +292,16 @@ class TrackingConfig(Section):
     system_metrics: bool = Field(True, description="the machine's load, every ten seconds of a step")
 
 
+class ClusterConfig(Section):
+    """What every step that asks a Ray cluster for workers has in common."""
+
+    wait_minutes: float = Field(0, ge=0, description="how long to wait for machines that an autoscaler adds, where no worker fits yet")
+
+
 class Config(Section):
     root: str
     seed: int = Field(0, ge=0)
+    cluster: ClusterConfig = ClusterConfig()
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     store: StoreConfig = StoreConfig()

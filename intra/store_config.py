@@ -36,6 +36,5 @@ class StoreConfig(Section):
     workers: int = Field(2, ge=1)
     threads: int = Field(1, ge=1, description="CPU threads a worker")
     gpus_per_worker: float = Field(0, ge=0)
-    wait_minutes: float = Field(0, ge=0, description="how long to wait for machines that an autoscaler adds, where no worker fits yet")
     forecast: ForecastConfig = ForecastConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()

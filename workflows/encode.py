@@ -449,9 +449,9 @@ def _worker(config: Config) -> dict[str, float]:
 
 
 def _wait_for_machines(config: Config) -> None:
-    """Raises UserError where not one worker fits the cluster, at once or after `store.wait_minutes`."""
+    """Raises UserError where not one worker fits the cluster, at once or after `cluster.wait_minutes`."""
     remedy = "lower store.gpus_per_worker or store.threads"
-    cluster.wait_for(_worker(config), config.store.workers, config.store.wait_minutes, "store.workers", remedy)
+    cluster.wait_for(_worker(config), config.store.workers, config.cluster.wait_minutes, "store.workers", remedy)
 
 
 def _workers(config: Config, shards: int) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def _placed(config: Config, name: str, work: Callable[..., None], *arguments: An
         return
     cluster.connect(config)
     worker = {"CPU": float(config.evaluate.threads), "GPU": max(1.0, config.evaluate.gpus_per_worker)}
-    cluster.wait_for(worker, 1, config.store.wait_minutes, "evaluate.gpus_per_worker", "set it to 0 to evaluate without")
+    cluster.wait_for(worker, 1, config.cluster.wait_minutes, "evaluate.gpus_per_worker", "set it to 0 to evaluate without")
     cluster.apart(work, config.model_dump(), *arguments, worker=worker, name=name)
 
 

@@ -99,7 +99,7 @@ def _fan(config: Config, stage: Any, arguments: tuple[Any, ...], tasks: list[dic
     cluster.quiet_data()
     workers = min(config.data.workers, len(tasks))
     wanted = workers + 1  # and one that reads the tasks
-    cluster.wait_for({"CPU": 1}, wanted, config.store.wait_minutes, "data.workers", "set it to 1 to read in this process")
+    cluster.wait_for({"CPU": 1}, wanted, config.cluster.wait_minutes, "data.workers", "set it to 1 to read in this process")
     # A CPU each, or, where there are fewer, their part of one: with no CPU to spare for reading the tasks, the job would hang.
     cpus = min(1.0, (cluster.resources()["CPU"] - 1) / workers)
     rows = ray.data.from_items([{"task": number, **task} for number, task in enumerate(tasks)], override_num_blocks=len(tasks))

@@ -130,7 +130,7 @@ def _fit(config: Config, artifact: Artifact, settings: dict[str, Any]) -> None:
     recipe = config.retriever.train
     on_gpu = recipe.gpus_per_worker > 0
     resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
-    minutes, remedy = config.store.wait_minutes, "lower retriever.train.workers, threads or gpus_per_worker"
+    minutes, remedy = config.cluster.wait_minutes, "lower retriever.train.workers, threads or gpus_per_worker"
     cluster.wait_for(resources, recipe.workers, minutes, "retriever.train.workers", remedy, least=recipe.workers)
     trainer = TorchTrainer(
         _worker,

@@ -167,7 +167,7 @@ def _fit(config: Config, training: str, step: tracking.Run) -> Any:
     on_gpu = recipe.gpus_per_worker > 0
     progress = storage.join(training, "progress.json") if sys.stderr.isatty() else None
     resources = {"CPU": recipe.threads} | ({"GPU": recipe.gpus_per_worker} if on_gpu else {})
-    minutes, remedy = config.store.wait_minutes, "lower backbone.warmstart.workers, threads or gpus_per_worker"
+    minutes, remedy = config.cluster.wait_minutes, "lower backbone.warmstart.workers, threads or gpus_per_worker"
     cluster.wait_for(resources, recipe.workers, minutes, "backbone.warmstart.workers", remedy, least=recipe.workers)
     trainer = TorchTrainer(
         _worker,
