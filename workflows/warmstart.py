@@ -141,7 +141,7 @@ def _finish(values: dict[str, Any], checkpoint: Any, seconds: float, run: tuple[
         (Path(temporary) / "curve.png").write_bytes(card.figure(rows, {stage.start: stage.name for stage in stages}))
         for name in ("README.md", "curve.parquet", "curve.png"):
             step.log_artifact(Path(temporary) / name, name)
-        digests = {path.name: files.digest(str(path)) for path in sorted(Path(temporary).iterdir())}
+        digests = files.digests(temporary)
         storage.upload(temporary, artifact.url)
     # Not config.json, which is the model's own here.
     storage.write_json(artifact.path("run.json"), tracking.resolved(config))

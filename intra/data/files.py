@@ -15,6 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -120,6 +121,11 @@ def digest(url: str) -> str:
         while block := file.read(BLOCK):
             total.update(block)
     return total.hexdigest()
+
+
+def digests(folder: str | Path) -> dict[str, str]:
+    """`digest` of each file that lies in a local folder, by name."""
+    return {path.name: digest(str(path)) for path in sorted(Path(folder).iterdir())}
 
 
 @contextlib.contextmanager

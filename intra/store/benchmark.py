@@ -24,6 +24,7 @@ from tqdm import tqdm
 from intra import lineage, storage
 from intra.backbone import locate, whitened
 from intra.config import Config, varied
+from intra.data import files
 from intra.store import forecast, writer
 from intra.store.format import shards
 from intra.store.progress import Progress
@@ -185,5 +186,6 @@ def _random_weights(config: Config) -> None:
     tokenizer = locate.load_tokenizer(dataset.path("tokenizer"))
     with tempfile.TemporaryDirectory() as folder:
         tiny.save(tiny.build(config.backbone.architecture, tokenizer, config.seed), tokenizer, folder)
+        digests = files.digests(folder)
         storage.upload(folder, artifact.url)
-    artifact.finish({})
+    artifact.finish({"sha256": digests})  # as a trained one's: the store is named by it (lineage.weights_digest)

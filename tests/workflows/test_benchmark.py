@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from intra import storage
+from intra import lineage, storage
+from intra.backbone import locate
+from intra.config import load
 from intra.store import benchmark
 from workflows import benchmark as workflow
+from workflows import prepare
 
 PROJECT = Path(__file__).parents[2]
 SMALL = ["store.benchmark.chunks=60", "store.benchmark.repeats=1", "store.shard_chunks=20", "store.batch_tokens=256"]
@@ -32,9 +35,19 @@ def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert list(tmp_path.iterdir()) == []
 
 
+def test_random_weights_are_a_backbone_that_a_store_can_be_made_of(tmp_path: Path) -> None:
+    pool = ["data.synthetic.chunks=60", "data.synthetic.train_questions=1", "data.synthetic.test_questions=1"]
+    config = load(PROJECT / "configs/quickstart.yaml", [f"root={tmp_path}", "backbone.train=true", *pool])
+    prepare.run(config)
+    benchmark._random_weights(config)
+    assert lineage.weights_digest(config) == locate.digest(*lineage.model(config))
+
+
 @pytest.mark.slow
-def test_encode_gives_every_ratio(tmp_path: Path) -> None:
-    command = [sys.executable, str(PROJECT / "workflows/benchmark.py"), "encode", "--config", str(PROJECT / "configs/quickstart.yaml")]
+@pytest.mark.parametrize("trained", [False, True])
+def test_encode_gives_every_ratio(tmp_path: Path, trained: bool) -> None:
+    command = [sys.executable, str(PROJECT / "workflows/benchmark.py"), "encode", "--config", str(PROJECT / "configs/quickstart.yaml"),
+               f"backbone.train={str(trained).lower()}"]  # fmt: skip
     done = subprocess.run([*command, f"root={tmp_path}/root", *SMALL], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     place = f"{tmp_path}/root/benchmark/encode.json"
