@@ -217,6 +217,7 @@ class SearchBenchmarkConfig(Section):
     questions: int = Field(64, ge=1, description="in a batch, as far as there are so many")
     checked: int = Field(1000, ge=1, description="test questions on which rankings are compared")
     chunks: int = Field(2048, ge=1, description="of the pool, on which scorers are compared")
+    search_chunks: int | None = Field(None, ge=1, description="the first so many of the pool, in which is searched; null: all")
     pools: list[int] = Field([], description="sizes of pools made of the pool's vectors again and again, such as [75900, 759000]")
     repeats: int = Field(3, ge=1, description="of which the shortest counts")
     latency_questions: int = Field(100, ge=1)

@@ -5,8 +5,9 @@ Reads dataset, store and retriever of the configuration. Records (times of one t
     pool_*       scoring of `chunks` of the pool's chunks by a batch of `questions`, beside its peers (`peers.compare`)
     shape_*      the same at the sizes of one layer of T5Gemma 2 4B (random vectors: times and rounding do not depend on them)
     batch_B_*    a question's share in a batch of B
-    search_*     searches of the whole pool: agreement of the exact forms on `checked` questions, recall and cost of the approximate ones
-                 with so many candidates: cascade, int8, and int8 by the strongest heads alone (pruned)
+    search_*     searches of the pool (of its first `search_chunks`): agreement of the exact forms on `checked` questions, recall and cost
+                 of the approximate ones with so many candidates: cascade, int8, and int8 by the strongest heads alone (pruned);
+                 search_exact_to_cascade is of the fewest candidates that keep KEPT of the exact top 20
     ivf_*        candidates from a faiss IVF index over the pooled vectors by `mixed` queries, instead of a scan
     rows_N_*     pools of N chunks (the pool's vectors again and again, streamed from a file): time and memory
     latency_*    one question at a time, end to end
@@ -41,7 +42,8 @@ from intra.data.schema import Question, read_questions
 from intra.errors import UserError
 from intra.retrieval import intrinsic, peers, scoring, search
 from intra.retrieval.pools import Ask, Form, Local
-from intra.retrieval.scorers import Keys
+from intra.retrieval.scorers import Keys, LayerScorer
+from intra.retrieval.scoring import Scored
 from intra.retrieval.vectorfile import VectorFile
 
 if TYPE_CHECKING:
@@ -51,7 +53,9 @@ TOP = 20
 LAYER_4B = {"d": 2560, "heads": 8, "groups": 4, "e": 256, "tokens": 64}
 LAYER_CHUNKS = 256
 BATCHES = (1, 2, 4, 16, 64)
-CANDIDATES = (25, 50, 100, 200, 400)
+CANDIDATES = (25, 50, 100, 200, 400, 800)
+FEW = 100  # candidates of the integer scans
+KEPT = 0.99
 PROBES = (4, 16, 64)
 PRUNED = 0.98  # of the heads' squared weight and spread, in the scan `pruned`
 Records = dict[str, tuple[float, str]]  # name -> value, unit
@@ -174,52 +178,94 @@ def _best(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
     return min(times), found
 
 
-def _rows(found: Any, k: int) -> list[list[tuple[int, float]]]:
-    return [each[:k] for each in found.pairs]
+class _First:
+    """The first rows of a source, as `pools.Source`."""
+
+    def __init__(self, source: ChunkStore, rows: int) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def tiles(self, tile_chunks: int, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        return self._source.tiles(tile_chunks, start, len(self) - start if count is None else count)
+
+    def pooled(self, wanted: Any) -> Tensor:
+        return self._source.pooled(wanted)
 
 
 def _searches(bench: Bench) -> None:
-    pool, memory = bench.local(), bench.local(in_memory=True)
-    truth, same, count = [], 0, 0
-    for number, ask in enumerate(bench.asks):
-        taken, exact = _best(1, functools.partial(intrinsic.exact, pool, ask, TOP, Form("head_space")))
+    rows = min(bench.settings.search_chunks or len(bench.store), len(bench.store))
+    part: Any = _First(bench.store, rows)
+    streamed, memory = bench.local(part), bench.local(part, in_memory=True)
+    pool = memory if bench.config.retriever.search.in_memory else streamed
+    truth, same, furthest = [], 0, 0.0
+    for ask in tqdm(bench.asks, desc="exact", unit="batch", disable=None):
+        exact = intrinsic.exact(streamed, ask, TOP, Form("head_space"))
         other = intrinsic.exact(memory, ask, TOP, Form("reverse"))
         same += sum({row for row, _ in one} == {row for row, _ in two} for one, two in zip(exact.pairs, other.pairs, strict=True))
-        count += len(ask)
-        truth.append(exact)
-        if number == 0:
-            first = taken
+        furthest = max(furthest, _apart(bench, ask))
+        truth.append(exact.pairs)
+    count = sum(map(len, bench.asks))
     bench.add("search_questions", count, "")
-    bench.add("search_chunks", len(bench.store), "")
-    bench.add("search_exact", first / len(bench.asks[0]), "s a question")
+    bench.add("search_chunks", rows, "")
     bench.add("search_same_top_20", same / count, "of the questions, head_space and reverse")
-    scans = [("cascade", Form("linear"))]
+    bench.add("search_reverse_error", furthest, "of the spread, the largest of all questions")
+    scans = [("cascade", Form("linear"), list(CANDIDATES))]
     if bench.backbone.device.type != "cuda":
-        pooled = next(iter(bench.store.tiles(min(1024, len(bench.store)))))[1].to(bench.keys.projections.dtype)
+        pooled = next(iter(bench.store.tiles(min(1024, rows))))[1].to(bench.keys.projections.dtype)
         fewer = intrinsic.pruned(bench.asks[0], bench.keys, pooled, PRUNED)
         bench.add("search_pruned_heads", sum(map(sum, fewer.kept or ())), f"of {bench.backbone.layers * bench.backbone.heads}")
-        scans += [("int8", Form("int8")), ("pruned", fewer)]
-    for name, form in scans:
-        for candidates in CANDIDATES if name == "cascade" else (100,):
-            times, kept = [], {5: 0.0, TOP: 0.0}
-            for ask, exact in zip(bench.asks, truth, strict=True):
-                taken, found = _best(1, functools.partial(intrinsic.approximate, pool, ask, TOP, form, candidates))
-                times.append(taken / len(ask))
-                for k in kept:
-                    kept[k] += len(ask) * intrinsic.recall(_rows(exact, k), _rows(found, k)) / count
-            label = f"search_{name}_{candidates}"
+        scans += [("int8", Form("int8"), [FEW]), ("pruned", fewer, [FEW])]
+    for name, form, depths in scans:
+        for depth, kept in _recalls(pool, bench.asks, truth, form, depths, name).items():
             for k, value in kept.items():
-                bench.add(f"{label}_recall_{k}", value, "of the exact top")
-            bench.add(label, min(times), "s a question")
-    # Time against time: both once more, in turn, on the first batch.
-    for name, form in scans:
-        candidates = 200 if name == "cascade" else 100
-        label = f"{name}_{candidates}"
-        ours = theirs = float("inf")
-        for _ in range(bench.settings.repeats):
-            ours = min(ours, _best(1, functools.partial(intrinsic.approximate, pool, bench.asks[0], TOP, form, candidates))[0])
-            theirs = min(theirs, _best(1, functools.partial(intrinsic.exact, pool, bench.asks[0], TOP, Form("head_space")))[0])
-        bench.add(f"search_exact_to_{label}", theirs / ours, "ratio")
+                bench.add(f"search_{name}_{depth}_recall_{k}", value, "of the exact top")
+    # Time against time: all in turn, on the first batch; exact in whichever form is the cheaper one here.
+    works: dict[str, Callable[[], Any]] = {"exact": functools.partial(intrinsic.exact, pool, bench.asks[0], TOP)}
+    for name, form, depths in scans:
+        works |= {
+            f"{name}_{depth}": functools.partial(intrinsic.approximate, pool, bench.asks[0], TOP, form, depth) for depth in depths
+        }  # fmt: skip
+    times = dict.fromkeys(works, float("inf"))
+    for _ in range(bench.settings.repeats):
+        for name, work in works.items():
+            times[name] = min(times[name], _best(1, work)[0])
+    for name, taken in times.items():
+        bench.add(f"search_{name}", taken / len(bench.asks[0]), "s a question")
+        if name != "exact":
+            bench.add(f"search_exact_to_{name}", times["exact"] / taken, "ratio")
+    enough = [depth for depth in CANDIDATES if bench.records[f"search_cascade_{depth}_recall_{TOP}"][0] >= KEPT]
+    if enough:
+        bench.add("search_cascade_candidates", enough[0], f"keep {KEPT} of the exact top {TOP}")
+        bench.add("search_exact_to_cascade", times["exact"] / times[f"cascade_{enough[0]}"], "ratio")
+
+
+def _apart(bench: Bench, ask: Ask) -> float:
+    """How far `reverse` is from head_space at most, in the standard deviation of a question's scores over the first `chunks`."""
+    pooled = next(iter(bench.store.tiles(min(bench.settings.chunks, len(bench.store)))))[1]
+    pooled = pooled.to(bench.backbone.device, bench.keys.projections.dtype)
+    one, other = (
+        LayerScorer(ask.queries, bench.keys, ask.weights, ask.kind, form=form, temperature=ask.temperature)(pooled)
+        for form in ("head_space", "reverse")
+    )
+    return float(((other - one).abs().amax(dim=2) / one.std(dim=2)).max())
+
+
+def _recalls(
+    pool: Local, asks: list[Ask], truth: list[list[Scored]], form: Form, depths: list[int], name: str
+) -> dict[int, dict[int, float]]:  # fmt: skip
+    """Of the exact top 5 and top 20, what a search with so many candidates keeps: candidates -> k -> share. One scan serves all."""
+    kept = {depth: {5: 0.0, TOP: 0.0} for depth in depths}
+    count = sum(map(len, asks))
+    for ask, exact in zip(tqdm(asks, desc=name, unit="batch", disable=None), truth, strict=True):
+        rows, sums = intrinsic.scanned(pool, ask, form, max(TOP, *depths))
+        for depth in depths:
+            found = intrinsic.followed(pool, ask, TOP, form, [mine[: max(TOP, depth)] for mine in rows], sums, depth).pairs
+            for k in kept[depth]:
+                share = intrinsic.recall([mine[:k] for mine in exact], [mine[:k] for mine in found])
+                kept[depth][k] += len(ask) * share / count
+    return kept
 
 
 def _ivf(bench: Bench) -> None:

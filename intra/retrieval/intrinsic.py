@@ -60,8 +60,20 @@ def exact(pool: Pool, ask: Ask, k: int, form: Form | None = None) -> Found:
 
 def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Found:
     """The best `candidates` (k at least) of a scan in `form`, ordered by their exact scores."""
+    rows, sums = scanned(pool, ask, form, max(k, candidates))
+    return followed(pool, ask, k, form, rows, sums, candidates)
+
+
+def scanned(pool: Pool, ask: Ask, form: Form, count: int) -> tuple[list[list[int]], Tensor | None]:
+    """The first half of `approximate`: the best rows of each question in `form`, and a mixture's normalisers by it, [B, C]."""
     sums = pool.log_sums(ask, form) if ask.kind == "mixture" else None
-    rows = pool.best(ask, form, max(k, candidates), sums).rows.tolist()
+    return pool.best(ask, form, count, sums).rows.tolist(), sums
+
+
+def followed(
+    pool: Pool, ask: Ask, k: int, form: Form, rows: Sequence[Sequence[int]], sums: Tensor | None, candidates: int
+) -> Found:  # fmt: skip
+    """The second half: the best k of these rows by their exact scores."""
     return again(ask, rows, k, sums, candidates, functools.partial(_components, pool, form), functools.partial(_components, pool, Form()))
 
 
