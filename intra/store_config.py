@@ -22,7 +22,7 @@ class BenchmarkConfig(Section):
     """What `benchmark.py encode` and `benchmark.py int8` measure with."""
 
     chunks: int = Field(8192, ge=1, description="of the pool, about")
-    repeats: int = Field(3, ge=1, description="of each measure, in turn; the best counts")
+    repeats: int = Field(3, ge=1, description="of each measure, in turn; the median counts")
     questions: int = Field(500, ge=1, description="test questions that int8 states are compared on")
 
 

@@ -1,8 +1,9 @@
 """What encoding reaches, as ratios taken in one run: of the bare model, of this machine's matrix product, of two workers to one.
 
 The job is workflows/encode.py's own, from the first shard's start to the last one's end (`Progress.active`); the bare loop is the encoder
-alone over the same chunks in the same batches, tokens at hand, nothing pooled or written. Each is done `store.benchmark.repeats` times in
-turn, and the shortest of each counts: another program that takes the machine for a moment lengthens one of them, not all.
+alone over the same chunks in the same batches, tokens at hand, nothing pooled or written. All are done in turn, `store.benchmark.repeats`
+times, and a ratio is taken within each turn: minutes later a shared machine may have another speed. Records are medians over the turns.
+`stolen` is what the hypervisor gave to others meanwhile: where it is more than a hundredth, the machine was not quiet.
 
 The pool is of the configuration's kind, of about `store.benchmark.chunks` chunks. A backbone that the configuration would make from scratch
 has random weights here: speed does not depend on them.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -37,6 +41,18 @@ SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}  # of the square
 PRODUCTS = 5  # of each size, in each repeat
 
 Ids = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One measure of each, one after the other."""
+
+    peak: float  # FLOP/s
+    bare: float  # s
+    mixed: float  # s, random batches
+    job: Progress
+    pair: Progress | None  # two workers, where they find a place
+    stolen: float  # share of the processors' time
 
 
 def run(
@@ -89,52 +105,63 @@ def _measured(
     pair = varied(config, ["store.workers=2"])
     two = fits(pair) >= 2 and len(parts) >= 2
 
-    peak, bare, mixed, jobs, pairs = 0.0, [], [], [], []
+    turns = []
     before = torch.get_num_threads()
     torch.set_num_threads(config.store.threads)
     try:
         _loop(backbone, ours[:1] + theirs[:1])  # the first batch of a process is slow
         for _ in tqdm(range(config.store.benchmark.repeats), desc="benchmark", unit="repeat", disable=None):
-            peak = max(peak, gemm(backbone))
-            bare.append(_loop(backbone, ours))
-            mixed.append(_loop(backbone, theirs))
-            jobs.append(_job(alone, encode))
-            pairs += [_job(pair, encode)] if two else []
+            clocks = psutil.cpu_times()
+            peak = gemm(backbone)
+            bare, mixed = _loop(backbone, ours), _loop(backbone, theirs)
+            job, both = _job(alone, encode), _job(pair, encode) if two else None
+            turns.append(Turn(max(peak, gemm(backbone)), bare, mixed, job, both, stolen(clocks, psutil.cpu_times())))
     finally:
         torch.set_num_threads(before)
     sizes = forecast.encoder(config)
     operations = sum(sizes.flops(len(ids), len(ids)) for ids in everything)
-    return _records(everything, ours, theirs, operations, peak, min(bare), min(mixed), jobs, pairs)
+    return records(everything, ours, theirs, operations, turns)
 
 
-def _records(
-    chunks: Ids, ours: Sequence[Ids], theirs: Sequence[Ids], operations: float, peak: float, bare: float, mixed: float,
-    jobs: Sequence[Progress], pairs: Sequence[Progress],
+def records(
+    chunks: Ids, ours: Sequence[Ids], theirs: Sequence[Ids], operations: float, turns: Sequence[Turn]
 ) -> list[dict[str, Any]]:  # fmt: skip
+    """{name, value, unit}. `operations` are FLOP of all chunks; `theirs` are the random batches, of a part of them."""
     tokens = sum(map(len, chunks))
-    mixed_rate = sum(len(ids) for batch in theirs for ids in batch) / mixed
-    job = min(jobs, key=lambda job: job.active)
-    records: list[tuple[str, float, str]] = [
+    mixed = sum(len(ids) for batch in theirs for ids in batch)
+
+    def middle(measure: Callable[[Turn], float]) -> float:
+        return statistics.median(map(measure, turns))
+
+    found: list[tuple[str, float, str]] = [
         ("chunks", len(chunks), ""),
         ("tokens", tokens, ""),
-        ("job_start_up", job.start_up, "s"),
-        ("job_active", job.active, "s"),
-        ("bare_loop", bare, "s"),
-        ("job_to_bare_loop", job.active / bare, "ratio"),
-        ("compute_share", job.compute_share, "share"),
-        ("tokens_per_second", tokens / job.active, "1/s"),
-        ("random_batches_tokens_per_second", mixed_rate, "1/s"),
-        ("job_to_random_batches", tokens / job.active / mixed_rate, "ratio"),
+        ("job_start_up", middle(lambda turn: turn.job.start_up), "s"),
+        ("job_active", middle(lambda turn: turn.job.active), "s"),
+        ("bare_loop", middle(lambda turn: turn.bare), "s"),
+        ("job_to_bare_loop", middle(lambda turn: turn.job.active / turn.bare), "ratio"),
+        ("compute_share", middle(lambda turn: turn.job.compute_share), "share"),
+        ("tokens_per_second", middle(lambda turn: tokens / turn.job.active), "1/s"),
+        ("random_batches_tokens_per_second", middle(lambda turn: mixed / turn.mixed), "1/s"),
+        ("job_to_random_batches", middle(lambda turn: tokens / turn.job.active / (mixed / turn.mixed)), "ratio"),
         ("padding", padding(ours), "share"),
         ("random_batches_padding", padding(theirs), "share"),
-        ("gemm_peak", peak / 1e9, "GFLOP/s"),
-        ("job_flops", operations / job.active / 1e9, "GFLOP/s"),
-        ("share_of_gemm_peak", operations / job.active / peak, "share"),
-        ("bare_loop_share_of_gemm_peak", operations / bare / peak, "share"),
+        ("gemm_peak", middle(lambda turn: turn.peak) / 1e9, "GFLOP/s"),
+        ("job_flops", middle(lambda turn: operations / turn.job.active) / 1e9, "GFLOP/s"),
+        ("share_of_gemm_peak", middle(lambda turn: operations / turn.job.active / turn.peak), "share"),
+        ("bare_loop_share_of_gemm_peak", middle(lambda turn: operations / turn.bare / turn.peak), "share"),
+        ("stolen", middle(lambda turn: turn.stolen), "share"),
     ]
-    if pairs:
-        records.append(("two_workers_to_one", job.active / min(both.active for both in pairs), "ratio"))
-    return [{"name": name, "value": float(value), "unit": unit} for name, value, unit in records]
+    ratios = [turn.job.active / turn.pair.active for turn in turns if turn.pair is not None]
+    if ratios:
+        found.append(("two_workers_to_one", statistics.median(ratios), "ratio"))
+    return [{"name": name, "value": float(value), "unit": unit} for name, value, unit in found]
+
+
+def stolen(before: Any, after: Any) -> float:
+    """Of the processors' time between two `psutil.cpu_times`, what the hypervisor gave to others; 0 where the system does not say."""
+    spent = {name: getattr(after, name) - getattr(before, name) for name in after._fields if not name.startswith("guest")}
+    return float(spent.get("steal", 0.0) / sum(spent.values())) if sum(spent.values()) > 0 else 0.0
 
 
 def padding(batches: Iterable[Sequence[Sequence[int]]]) -> float:

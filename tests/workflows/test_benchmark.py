@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from intra import lineage, storage
 from intra.backbone import locate
 from intra.config import load
 from intra.store import benchmark
+from intra.store.benchmark import Turn
+from intra.store.progress import Progress
 from workflows import benchmark as workflow
 from workflows import prepare
 
@@ -43,6 +46,34 @@ def test_random_weights_are_a_backbone_that_a_store_can_be_made_of(tmp_path: Pat
     assert lineage.weights_digest(config) == locate.digest(*lineage.model(config))
 
 
+def progress(active: float) -> Progress:
+    made = Progress(1, 1, 0.0)
+    made.add({"rows": 1, "tokens": 4, "bytes": 8, "memory": 1, "worker": "w", "started": 2.0, "ended": 2.0 + active, "compute": active})
+    return made
+
+
+def test_a_ratio_is_taken_within_a_turn_and_the_median_counts() -> None:
+    """The machine is three times slower in the second turn: no ratio moves. In the third another program takes half of a core: one does."""
+    turns = [
+        Turn(peak=100.0, bare=10.0, mixed=4.0, job=progress(11.0), pair=progress(5.5), stolen=0.0),
+        Turn(peak=100.0 / 3, bare=30.0, mixed=12.0, job=progress(33.0), pair=progress(16.5), stolen=0.0),
+        Turn(peak=100.0, bare=10.0, mixed=4.0, job=progress(11.0), pair=progress(9.0), stolen=0.2),
+    ]
+    made = benchmark.records([[1, 2], [3, 4]], [[[1, 2], [3, 4]]], [[[1, 2]]], 550.0, turns)
+    found = {record["name"]: record["value"] for record in made}
+    assert found["job_to_bare_loop"] == pytest.approx(1.1)
+    assert found["two_workers_to_one"] == pytest.approx(2.0)
+    assert found["share_of_gemm_peak"] == pytest.approx(550 / 11 / 100)
+    assert found["job_to_random_batches"] == pytest.approx(4 / 11 / (2 / 4))
+    assert found["stolen"] == 0.0
+
+
+def test_stolen_time_is_a_share_of_all() -> None:
+    clocks = namedtuple("clocks", "user system idle steal guest")
+    assert benchmark.stolen(clocks(10, 5, 5, 1, 3), clocks(16, 6, 6, 3, 9)) == pytest.approx(0.2)
+    assert benchmark.stolen(clocks(10, 5, 5, 1, 3), clocks(10, 5, 5, 1, 3)) == 0.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_encode_gives_every_ratio(tmp_path: Path, trained: bool) -> None:
@@ -53,7 +84,7 @@ def test_encode_gives_every_ratio(tmp_path: Path, trained: bool) -> None:
     place = f"{tmp_path}/root/benchmark/encode.json"
     assert done.stdout.splitlines()[-1] == place
     records = {record["name"]: record["value"] for record in storage.read_json(place)}
-    assert all(value > 0 for name, value in records.items() if name != "padding")
+    assert all(value > 0 for name, value in records.items() if name not in ("padding", "stolen"))
     assert records["chunks"] == 60
     assert records["job_to_bare_loop"] == pytest.approx(records["job_active"] / records["bare_loop"])
     assert records["share_of_gemm_peak"] == pytest.approx(records["job_flops"] / records["gemm_peak"])
