@@ -260,7 +260,7 @@ def _make(config: Config, store: Artifact, mine: claim.Claim, left_out: Sequence
             store, made.chunk_ids, made.shards, commits, settings, backbone=source.digest, hidden_size=width,
             pooled_length=config.retriever.pooled_length, dtype=config.store.dtype, threads=config.store.threads,
             encoding=lineage.encoding(config), digests=made.digests, rows=made.fresh, lent=made.lent,
-            spread=functools.partial(_spread, job, width) if len(made.chunk_ids) > writer.GROUP_CHUNKS else None,
+            spread=functools.partial(_spread, job, width, progress) if len(made.chunk_ids) > writer.GROUP_CHUNKS else None,
         )  # fmt: skip
         seconds = time.time() - begun
         lent = f", {manifest['rows_borrowed']:,} of the chunks borrowed" if manifest["rows_borrowed"] else ""
@@ -406,7 +406,7 @@ def _scale(job: _Job) -> bytes:
     raise WorkflowError("encode, sample for int8: its worker was lost (killed, or out of memory); run the same command again")
 
 
-def _spread(job: _Job, width: int, manifest: dict[str, Any], groups: list[tuple[int, int]]) -> Iterable[Any]:
+def _spread(job: _Job, width: int, progress: Progress, manifest: dict[str, Any], groups: list[tuple[int, int]]) -> Iterable[Any]:
     """The moments of the groups' pooled vectors, in their order, from the cluster (writer.finish)."""
     import ray
     from ray.data import ActorPoolStrategy
@@ -426,6 +426,7 @@ def _spread(job: _Job, width: int, manifest: dict[str, Any], groups: list[tuple[
         for row in _rows(rows):
             job.claim.check()
             cluster.check(row, f"whitening, chunks from {row['first']}")
+            progress.memory = max(progress.memory, int(row["memory"]))
             waiting[row["first"]] = row
             while order and order[0] in waiting:  # sums depend on their order
                 yield writer.moments_of(waiting.pop(order.pop(0)), width)

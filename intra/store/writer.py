@@ -415,14 +415,15 @@ def group_moments(store: ChunkStore, first: int, rows: int, threads: int) -> Mom
 
 
 class GroupMoments:
-    """`group_moments` as a stage: {first, rows} -> with count, mean and scatter, float64 as bytes."""
+    """`group_moments` as a stage: {first, rows} -> with count, mean and scatter, float64 as bytes, and `memory` as LoadTokenize's."""
 
     def __init__(self, url: str, manifest: Mapping[str, Any], threads: int) -> None:
         self.store, self.threads = ChunkStore(url, manifest), threads
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
         found = group_moments(self.store, int(row["first"]), int(row["rows"]), self.threads)
-        return {**row, "count": found.count, "mean": found.mean.numpy().tobytes(), "scatter": found.scatter.numpy().tobytes()}
+        return {**row, "count": found.count, "mean": found.mean.numpy().tobytes(), "scatter": found.scatter.numpy().tobytes(),
+                "memory": peak_memory()}  # fmt: skip
 
 
 def moments_of(row: Mapping[str, Any], hidden_size: int) -> Moments:

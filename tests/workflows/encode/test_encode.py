@@ -21,7 +21,7 @@ from intra.backbone import model as backbones
 from intra.data import schema
 from intra.errors import UserError, WorkflowError
 from intra.store import writer
-from intra.store.format import COMMIT, SCALE, STATES, shards
+from intra.store.format import COMMIT, SCALE, STATES, WHITENING, shards
 from intra.store.progress import Progress
 from intra.store.reader import ChunkStore
 from workflows import encode, prepare
@@ -137,6 +137,18 @@ def test_a_second_run_redoes_nothing(world: World, reference: dict[str, bytes]) 
     before = stamps(url, list(reference))
     assert encode.run(world.load()) == url
     assert stamps(url, storage.files(url)) == before
+
+
+def test_a_large_pool_is_whitened_by_the_workers(world: World, joined: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of the pool's rows, each by one worker: the bytes that one process gives, whichever worker is first."""
+    monkeypatch.setattr(writer, "GROUP_CHUNKS", 48)
+    config = world.load(world.clone(str(tmp_path)), "store.shard_chunks=40")
+    progress = encode.timed(config)
+    store = lineage.store(config)
+    groups = [(0, 48), (48, 48), (96, 48), (144, 16)]
+    here = [writer.group_moments(ChunkStore(store.url), first, rows, 1) for first, rows in groups]
+    assert writer._whitening(here, 32, 1) == storage.read_bytes(store.path(WHITENING))
+    assert progress.memory > 0
 
 
 def test_a_submitted_job_with_two_workers_gives_the_same_bytes(
