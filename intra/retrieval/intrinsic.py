@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -158,8 +158,7 @@ class Searcher:
         found = exact(self.pool, asks[-1], depth)
         truth.extend(found.pairs)
         if len(truth) == CHECKED:
-            together = replace(ask, queries=torch.cat([each.queries for each in asks]))
-            self._chosen[k] = self._checked(name, together, truth, depth)
+            self._chosen[k] = self._checked(name, Ask.joined(asks), truth, depth)
             del self._first[k]
         if count == len(ask):
             return found

@@ -73,6 +73,13 @@ class Ask:
         """So many of the questions."""
         return replace(self, queries=self.queries[first : first + count])
 
+    @classmethod
+    def joined(cls, asks: Sequence[Ask]) -> Ask:
+        """Batches of one retriever as one. Where questions have fewer queries zeros follow, as within a batch (`Backbone.queries`)."""
+        widest = max(ask.queries.shape[-2] for ask in asks)
+        padded = [torch.nn.functional.pad(ask.queries, (0, 0, 0, widest - ask.queries.shape[-2])) for ask in asks]
+        return replace(asks[0], queries=torch.cat(padded))
+
     def to(self, device: torch.device | str) -> Ask:
         return replace(self, queries=self.queries.to(device), weights=self.weights.to(device))
 

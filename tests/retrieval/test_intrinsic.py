@@ -160,6 +160,26 @@ def test_no_batch_changes_a_ranking_and_the_first_questions_have_the_exact_one(
     assert (found[0] == truth) == (recall == 1.0)  # with 0.0 the scan has passed, and shows in the others
 
 
+@layerwise
+@pytest.mark.parametrize("scorer", ["cascade", "int8"])
+def test_batches_whose_longest_questions_differ_are_checked_together(
+    kind: str, scorer: Any, big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backbone that echoes questions gives as many queries as the longest of a batch has."""
+    monkeypatch.setattr(intrinsic, "CHECKED", 5)
+    generator = torch.Generator().manual_seed(9)
+    queries = torch.randn(8, *ask.queries.shape[1:], generator=generator)
+    count = queries.shape[-2]
+    queries[1:4, ..., count - 2 :, :] = 0
+    queries[4:7, ..., count - 1 :, :] = 0
+    settings = SearchConfig(scorer=scorer, candidates=60, recall=0.0)
+    whole = Searcher(local(big, backbone), settings).find(replace(ask, kind=kind, queries=queries), 20)
+    searcher, found = Searcher(local(big, backbone), settings), []
+    for part in (queries[:1], queries[1:4, ..., : count - 2, :], queries[4:7, ..., : count - 1, :], queries[7:]):
+        found += searcher.find(replace(ask, kind=kind, queries=part.contiguous()), 20).pairs
+    assert rows(found) == rows(whole.pairs)
+
+
 def test_a_scan_is_checked_as_deep_as_chunks_are_scored_again(
     backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
