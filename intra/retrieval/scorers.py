@@ -10,8 +10,9 @@ What each sums for layer l, head h and its key-value head g, over retrieval toke
                                                      vector, layer and key-value head (`scalars`), kept beside the vectors; exact
     paper        sum_r max_p  nu_p (q~_r . h_p)      nu_p = rsqrt(mean(h_p^2) + eps): App. A.2, where the norm stands before the projection.
                                                      Not the score of a stock T5Gemma 2: a model must have been trained to it
-    int8         sum_r max_p  of head_space in integers (`torch._int_mm`), keys and their projections both: one scale for a chunk's vectors,
-                                                     which therefore commutes with the maximum, one for a question's head; approximate
+    int8         sum_r max_p  of head_space in integers, keys and their projections both: one scale for a chunk's vectors, which therefore
+                                                     commutes with the maximum, one for a question's head; approximate. Worth it where
+                                                     `fast_integers`; elsewhere the same sums come from float32, no faster than head_space
 
 These serve `per_head` and `mixture`; `mixed` mixes layers before its one MaxSim and has only its own form (`scoring.scorer`).
 
@@ -48,6 +49,7 @@ COLUMNS = 1024  # of it at most
 # however many stand beside it (tried on AVX512, widths 8 to 256): scores depend neither on neighbours nor on the batch of questions.
 WIDE = 16
 INT8 = 127
+EXACT = 2**24 // INT8**2  # so many products of two such integers add up to what float32 holds exactly, in any order
 _TINY = 1e-20  # stands for the scale of a chunk whose keys are all zero
 
 
@@ -276,7 +278,7 @@ class LayerScorer:
                 n = min(step, count - first)
                 rows = keys[first * length : (first + n) * length]
                 here, best = product[: n * length], maxima[:n]
-                torch._int_mm(rows, panel, out=here) if integer else torch.mm(rows, panel, out=here)
+                integer_product(rows, panel, here) if integer else torch.mm(rows, panel, out=here)
                 if factors is not None:
                     here.mul_(factors[first * length : (first + n) * length])
                 torch.amax(here.view(n, length, width), dim=1, out=best)
@@ -377,12 +379,30 @@ class Integers:
     def normed(self, flat: Tensor, layer: int) -> Tensor:
         """[n, d] -> [n, G, e] float32."""
         scales = flat.float().abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / INT8
-        keys = torch._int_mm((flat / scales).round_().to(torch.int8), self._columns[layer]).float().mul_(self._scales[layer])
+        rounded, columns = (flat / scales).round_().to(torch.int8), self._columns[layer]
+        products = integer_product(rounded, columns, torch.empty(len(flat), columns.shape[1], dtype=torch.int32))
+        keys = products.float().mul_(self._scales[layer])
         if self.keys.biases is not None:
             keys += self.keys.biases[layer] / scales
         keys = keys.unflatten(-1, (self.keys.groups, -1))
         means = torch.linalg.vector_norm(keys, dim=-1).square_() / keys.shape[-1]
         return keys.mul_(torch.rsqrt(means + self.keys.eps / scales.square())[..., None])
+
+
+def fast_integers() -> bool:
+    """Whether `torch._int_mm` beats a float32 product: by two to four with AVX512; with AVX2 it is ten to thirty times slower."""
+    return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+
+
+def integer_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """int8 [n, w] @ int8 [w, c] -> `out`, int32 [n, c], the same on every processor."""
+    if fast_integers():
+        return torch._int_mm(left, right, out=out)
+    for first in range(0, left.shape[1], EXACT):
+        width = slice(first, first + EXACT)
+        part = left[:, width].float() @ right[width].float()
+        out.copy_(part) if first == 0 else out.add_(part.to(torch.int32))
+    return out
 
 
 def quantized(keys: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ every chunk. Each is computed once for a question, whichever method asks first. 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from intra.method import Method, Ranking, Rankings
 from intra.retrieval import initial, intrinsic, scoring
 from intra.retrieval.intrinsic import Searcher
 from intra.retrieval.pools import Ask, Form, Local, Pool, Tokens
-from intra.retrieval.scorers import ALIGN, Keys
+from intra.retrieval.scorers import ALIGN, Keys, fast_integers
 from intra.retrieval.scoring import Scored
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class Passes:
             pool = _fleet(store, keys, settings, tile_chunks)
         elif pool is None:
             pool = Local(store, keys, tile_chunks, backbone.device, settings.in_memory)
+            if settings.scorer == "int8" and not fast_integers():
+                said = "search: without AVX512 integers multiply no faster than float32: retriever.search.scorer=int8 saves no time"
+                print(f"{said}; take cascade or exact", file=sys.stderr)
 
         def prune(ask: Ask) -> Form:
             _, pooled = next(iter(store.tiles(min(ALIGN, len(store)))))

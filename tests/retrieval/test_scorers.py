@@ -74,6 +74,34 @@ def test_integers_come_close(kind: str, keys: Keys, store: MemoryStore, queries:
     assert 0 < (found - exact).abs().max() < 0.1 * exact.std()
 
 
+@pytest.mark.parametrize("width", [8, 1040, 2560])
+def test_integer_products_are_the_same_without_the_instructions_for_them(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sums too, which float32 alone would round beyond 1,040 products; a row of ones makes the last bit count."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-127, 128, (40, width), generator=generator, dtype=torch.int8)
+    right = torch.randint(-127, 128, (width, 24), generator=generator, dtype=torch.int8)
+    left[0], right[:, 0] = 127, 127
+    left[1], right[:, 1] = 127, -127
+    right[-1, 0] = 126
+    expected = (left.long() @ right.long()).to(torch.int32)
+    for fast in (True, False):
+        monkeypatch.setattr(scorers, "fast_integers", lambda fast=fast: fast)
+        out = torch.full((40, 24), 7, dtype=torch.int32)
+        assert torch.equal(scorers.integer_product(left, right, out), expected)
+        assert torch.equal(out, expected)
+
+
+@each_kind
+def test_the_integer_scan_has_the_same_bits_on_every_processor(
+    kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(scorers, "fast_integers", lambda fast=fast: fast)
+        found.append(LayerScorer(queries, keys, weights, kind, form="int8")(store.vectors))
+    assert torch.equal(*found)
+
+
 def test_one_scale_a_chunk_and_head() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(4 * 3, 8, generator=generator) * torch.tensor([1e-3, 1.0, 50.0, 0.0]).repeat_interleave(3)[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from intra import method
 from intra.backbone.model import Backbone
+from intra.config import SearchConfig
 from intra.data.schema import POOL_SCHEMA, Pool, Question
 from intra.errors import UserError
 from intra.retrieval import initial, search
@@ -165,3 +168,15 @@ def test_the_context_changes_the_scores_and_may_be_empty(backbone: Backbone, sto
 def test_refuses_a_store_of_another_pool(passes: search.Passes, store: MemoryStore) -> None:
     with pytest.raises(UserError, match="not the 59 of the pool"):
         search.MaxSim(passes).index(pool_of(store.chunk_ids[:-1]))
+
+
+@pytest.mark.parametrize(("scorer", "fast", "lines"), [("int8", True, 0), ("int8", False, 1), ("cascade", False, 0)])
+def test_an_integer_scan_that_saves_no_time_says_so(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    scorer: Any, fast: bool, lines: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(search, "fast_integers", lambda: fast)
+    search.Passes(backbone, store, retriever, search=SearchConfig(scorer=scorer))  # type: ignore[arg-type]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    assert all("retriever.search.scorer=int8 saves no time" in line for line in said)
