@@ -42,7 +42,7 @@ from intra.data.schema import Question, read_questions
 from intra.errors import UserError
 from intra.retrieval import intrinsic, peers, scoring, search
 from intra.retrieval.pools import Ask, Form, Local
-from intra.retrieval.scorers import Keys, LayerScorer
+from intra.retrieval.scorers import ALIGN, Keys
 from intra.retrieval.scoring import Scored
 from intra.retrieval.vectorfile import VectorFile
 
@@ -59,6 +59,22 @@ KEPT = 0.99
 PROBES = (4, 16, 64)
 PRUNED = 0.98  # of the heads' squared weight and spread, in the scan `pruned`
 Records = dict[str, tuple[float, str]]  # name -> value, unit
+
+
+class _First:
+    """The first rows of a source, as `pools.Source`."""
+
+    def __init__(self, source: ChunkStore, rows: int) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def tiles(self, tile_chunks: int, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        return self._source.tiles(tile_chunks, start, len(self) - start if count is None else count)
+
+    def pooled(self, wanted: Any) -> Tensor:
+        return self._source.pooled(wanted)
 
 
 class Bench:
@@ -96,8 +112,20 @@ class Bench:
         with torch.no_grad():
             return [Ask.of(self.retriever, queries, self.backbone) for _, queries in batches]
 
+    @functools.cached_property
+    def part(self) -> _First:
+        """What is searched."""
+        return _First(self.store, min(self.settings.search_chunks or len(self.store), len(self.store)))
+
+    @functools.cached_property
+    def sample(self) -> Tensor:
+        """The vectors of the pool's first `chunks`, as the keys are made of them."""
+        _, pooled = next(iter(self.store.tiles(min(self.settings.chunks, len(self.store)))))
+        return pooled.to(self.backbone.device, self.keys.projections.dtype)
+
     def local(self, source: Any = None, in_memory: bool = False) -> Local:
-        source = source if source is not None else self.store
+        """A pool of `source`, or of the part that is searched."""
+        source = source if source is not None else self.part
         return Local(source, self.keys, self.config.retriever.tile_chunks, self.backbone.device, in_memory)
 
     def add(self, name: str, value: float, unit: str) -> None:
@@ -134,8 +162,7 @@ def _compared(bench: Bench, prefix: str, times: peers.Times, errors: peers.Error
 
 
 def _pool(bench: Bench) -> None:
-    pooled = next(iter(bench.store.tiles(min(bench.settings.chunks, len(bench.store)))))[1].to(bench.backbone.device)
-    times, errors = peers.compare(bench.asks[0], bench.keys, pooled.to(bench.keys.projections.dtype), bench.settings.repeats)
+    times, errors = peers.compare(bench.asks[0], bench.keys, bench.sample, bench.settings.repeats)
     _compared(bench, "pool", times, errors)
 
 
@@ -157,9 +184,7 @@ def _shape(bench: Bench) -> None:
 
 
 def _batches(bench: Bench) -> None:
-    pooled = next(iter(bench.store.tiles(min(bench.settings.chunks, len(bench.store)))))[1]
-    pooled = pooled.to(bench.backbone.device, bench.keys.projections.dtype)
-    ask = bench.asks[0]
+    pooled, ask = bench.sample, bench.asks[0]
     forms = ["exact", "reverse", "int8", "linear"] if not pooled.is_cuda else ["exact", "reverse", "linear"]
     for size in [batch for batch in BATCHES if batch <= len(ask)]:
         part = replace(ask, queries=ask.queries[:size].contiguous())
@@ -168,52 +193,24 @@ def _batches(bench: Bench) -> None:
             bench.add(f"batch_{size}_{name}", taken / size / len(pooled) * 1e6, "us a question and chunk")
 
 
-def _best(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
-    """The shortest time, and what the last run gave."""
-    times, found = [], None
-    for _ in range(repeats):
-        begun = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-        found = work()
-        times.append((time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()) - begun)
-    return min(times), found
-
-
-class _First:
-    """The first rows of a source, as `pools.Source`."""
-
-    def __init__(self, source: ChunkStore, rows: int) -> None:
-        self._source, self._rows = source, rows
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def tiles(self, tile_chunks: int, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        return self._source.tiles(tile_chunks, start, len(self) - start if count is None else count)
-
-    def pooled(self, wanted: Any) -> Tensor:
-        return self._source.pooled(wanted)
-
-
 def _searches(bench: Bench) -> None:
-    rows = min(bench.settings.search_chunks or len(bench.store), len(bench.store))
-    part: Any = _First(bench.store, rows)
-    streamed, memory = bench.local(part), bench.local(part, in_memory=True)
+    streamed, memory = bench.local(), bench.local(in_memory=True)
     pool = memory if bench.config.retriever.search.in_memory else streamed
     truth, same, furthest = [], 0, 0.0
     for ask in tqdm(bench.asks, desc="exact", unit="batch", disable=None):
         exact = intrinsic.exact(streamed, ask, TOP, Form("head_space"))
         other = intrinsic.exact(memory, ask, TOP, Form("reverse"))
         same += sum({row for row, _ in one} == {row for row, _ in two} for one, two in zip(exact.pairs, other.pairs, strict=True))
-        furthest = max(furthest, _apart(bench, ask))
+        furthest = max(furthest, peers.compare(ask, bench.keys, bench.sample, 0, ["reverse"])[1]["reverse"])
         truth.append(exact.pairs)
     count = sum(map(len, bench.asks))
     bench.add("search_questions", count, "")
-    bench.add("search_chunks", rows, "")
+    bench.add("search_chunks", len(bench.part), "")
     bench.add("search_same_top_20", same / count, "of the questions, head_space and reverse")
-    bench.add("search_reverse_error", furthest, "of the spread, the largest of all questions")
+    bench.add("search_reverse_error", furthest, "of the spread, of all batches")
     scans = [("cascade", Form("linear"), list(CANDIDATES))]
     if bench.backbone.device.type != "cuda":
-        pooled = next(iter(bench.store.tiles(min(1024, rows))))[1].to(bench.keys.projections.dtype)
+        pooled = next(iter(bench.part.tiles(min(ALIGN, len(bench.part)))))[1].to(bench.keys.projections.dtype)
         fewer = intrinsic.pruned(bench.asks[0], bench.keys, pooled, PRUNED)
         bench.add("search_pruned_heads", sum(map(sum, fewer.kept or ())), f"of {bench.backbone.layers * bench.backbone.heads}")
         scans += [("int8", Form("int8"), [FEW]), ("pruned", fewer, [FEW])]
@@ -230,7 +227,7 @@ def _searches(bench: Bench) -> None:
     times = dict.fromkeys(works, float("inf"))
     for _ in range(bench.settings.repeats):
         for name, work in works.items():
-            times[name] = min(times[name], _best(1, work)[0])
+            times[name] = min(times[name], peers.seconds(work))
     for name, taken in times.items():
         bench.add(f"search_{name}", taken / len(bench.asks[0]), "s a question")
         if name != "exact":
@@ -239,17 +236,6 @@ def _searches(bench: Bench) -> None:
     if enough:
         bench.add("search_cascade_candidates", enough[0], f"keep {KEPT} of the exact top {TOP}")
         bench.add("search_exact_to_cascade", times["exact"] / times[f"cascade_{enough[0]}"], "ratio")
-
-
-def _apart(bench: Bench, ask: Ask) -> float:
-    """How far `reverse` is from head_space at most, in the standard deviation of a question's scores over the first `chunks`."""
-    pooled = next(iter(bench.store.tiles(min(bench.settings.chunks, len(bench.store)))))[1]
-    pooled = pooled.to(bench.backbone.device, bench.keys.projections.dtype)
-    one, other = (
-        LayerScorer(ask.queries, bench.keys, ask.weights, ask.kind, form=form, temperature=ask.temperature)(pooled)
-        for form in ("head_space", "reverse")
-    )
-    return float(((other - one).abs().amax(dim=2) / one.std(dim=2)).max())
 
 
 def _recalls(
@@ -276,7 +262,7 @@ def _ivf(bench: Bench) -> None:
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     ask, length = bench.asks[0], bench.store.pooled_length
-    flat = torch.cat([scoring.unit(tile).flatten(0, 1) for _, tile in bench.store.tiles(4096)])
+    flat = torch.cat([scoring.unit(tile).flatten(0, 1) for _, tile in bench.part.tiles(4096)])
     lists = max(1, min(int(4 * len(flat) ** 0.5), len(flat) // 39))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(flat.shape[1]), flat.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     index.train(flat[:: max(1, len(flat) // (64 * lists))].contiguous().numpy())
@@ -285,7 +271,9 @@ def _ivf(bench: Bench) -> None:
     exact = intrinsic.exact(bench.local(), ask, TOP)
     for probes in [number for number in PROBES if number <= lists]:
         index.nprobe = probes
-        taken, (_, places) = _best(bench.settings.repeats, functools.partial(index.search, vectors, 200 * length))
+        look = functools.partial(index.search, vectors, 200 * length)
+        _, places = look()
+        taken = min(peers.seconds(look) for _ in range(bench.settings.repeats))
         rows = [list(dict.fromkeys(place // length for place in each if place >= 0))[:200] for each in places.tolist()]
         kept = sum(len({row for row, _ in one} & set(two)) for one, two in zip(exact.pairs, rows, strict=True))
         bench.add(f"ivf_{probes}_recall_20", kept / sum(len(each) for each in exact.pairs), "of the exact top, in 200 candidates")
@@ -336,7 +324,7 @@ def _sizes(bench: Bench) -> None:
             }.items():
                 begun = time.perf_counter()
                 with _Memory() as memory:
-                    taken, _ = _best(1, work)
+                    taken = peers.seconds(work)
                 bench.add(f"rows_{rows}_{name}", taken / len(first), "s a question")
                 bench.add(f"rows_{rows}_{name}_wall", time.perf_counter() - begun, f"s for {len(first)} questions")
                 bench.add(f"rows_{rows}_{name}_memory", memory.most / 2**30, "GiB at most")

@@ -19,7 +19,7 @@ from intra.retrieval.scorers import Keys
 
 from .conftest import MemoryStore
 
-SIZES = {"questions": 4, "checked": 8, "chunks": 40, "search_chunks": 50, "pools": [90, 150], "repeats": 1, "latency_questions": 3}
+SIZES = {"questions": 4, "checked": 8, "chunks": 40, "search_chunks": 55, "pools": [90, 150], "repeats": 1, "latency_questions": 3}
 
 
 @pytest.mark.parametrize("kind", ["per_head", "mixture"])
@@ -66,7 +66,7 @@ def test_every_part_gives_its_records(
     values = {name: value for name, (value, _) in bench.records.items()}
     assert values["search_questions"] == 8
     assert values["search_same_top_20"] == 1
-    assert values["search_chunks"] == 50  # of 60
+    assert values["search_chunks"] == 55  # of 60
     assert 0 < values["search_reverse_error"] < 1e-4
     assert values["search_cascade_400_recall_20"] == values["search_int8_100_recall_20"] == 1  # more candidates than chunks
     assert 0 < values["search_cascade_25_recall_20"] <= 1

@@ -76,7 +76,7 @@ def test_integers_come_close(kind: str, keys: Keys, store: MemoryStore, queries:
 
 @pytest.mark.parametrize("width", [8, 1040, 2560])
 def test_integer_products_are_the_same_without_the_instructions_for_them(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest sums too, which float32 alone would round beyond 1,040 products; a row of ones makes the last bit count."""
+    """The largest sums too: of 2,560 products one is odd and beyond 2**24, which float32 alone would round."""
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(-127, 128, (40, width), generator=generator, dtype=torch.int8)
     right = torch.randint(-127, 128, (width, 24), generator=generator, dtype=torch.int8)
