@@ -212,8 +212,11 @@ class RetrieverTrainConfig(Section):
 
 
 class SearchBenchmarkConfig(Section):
-    """Sizes of `workflows/benchmark.py search`."""
+    """What `workflows/benchmark.py search` measures, and sizes."""
 
+    parts: list[Literal["pool", "shape", "batch", "search", "ivf", "rows", "latency"]] = Field(
+        ["pool", "shape", "batch", "search", "ivf", "rows", "latency"], min_length=1, description="see intra/retrieval/benchmark.py"
+    )
     questions: int = Field(64, ge=1, description="in a batch, as far as there are so many")
     checked: int = Field(1000, ge=1, description="test questions on which rankings are compared")
     chunks: int = Field(2048, ge=1, description="of the pool, on which scorers are compared")
@@ -233,7 +236,7 @@ class SearchConfig(Section):
     heads: float = Field(1.0, gt=0, le=1, description="share of the heads' |alpha| times spread, squared, that int8 scans by")
     recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or exact follows")
     rescore: int = Field(0, ge=0, description="the best so many by their pooled vectors are scored again by all their token states")
-    in_memory: bool = Field(False, description="pooled vectors are kept in memory, not read again for each batch of questions")
+    in_memory: bool = Field(False, description="pooled vectors stay in memory, for S_0 too (as float32, unless by dot)")
     workers: int = Field(0, ge=0, description="Ray actors that hold the pooled vectors in their memory; 0: this process alone")
     parts: int | None = Field(None, ge=1, description="ranges of the pool that the workers share; null: as many as workers")
     threads: int = Field(1, ge=1)

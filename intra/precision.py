@@ -29,7 +29,6 @@ from intra.store.reader import ChunkStore
 
 if TYPE_CHECKING:
     from intra.backbone.model import Backbone
-    from intra.retrieval.pools import Pool
     from intra.retrieval.retriever import Retriever
 
 DEPTH = 20
@@ -98,14 +97,13 @@ def compare(
     exact: dict[str, list[float]] = {}
     if settings.search.workers:
         cluster.connect(config)
-    vectors: Pool | None = None  # the pooled ones, which no change touches
+    passes: search.Passes | None = None  # share the pooled vectors, which no change touches
     for name, change in changes(mu, sigma).items():
         view: Any = View(store, change)
         passes = search.Passes(
             backbone, view, retriever, query_batch=settings.query_batch, tile_chunks=settings.tile_chunks, search=settings.search,
-            pool=vectors,
+            beside=passes,
         )  # fmt: skip
-        vectors = passes.searcher.pool
         method = search.Intra(passes, settings.answer_size, settings.answer_initial)
         found = method.search(questions, DEPTH)
         reader = Reader(_Parts(backbone, view), lengths, config.evaluate.answer_batch, config.backbone.answer_tokens)

@@ -41,7 +41,7 @@ def _int8(config: Config) -> list[Record]:
 def _search(config: Config) -> list[Record]:
     from intra.retrieval import benchmark
 
-    return benchmark.run(config)
+    return benchmark.run(config, functools.partial(storage.write_json, place(config, "search")))
 
 
 BENCHMARKS: Mapping[str, Callable[[Config], list[Record]]] = {"encode": _encode, "int8": _int8, "search": _search}

@@ -1,6 +1,7 @@
 """What the search of the whole pool costs, as ratios taken in one run, on the run's own questions, retriever and pooled vectors.
 
-Reads dataset, store and retriever of the configuration. Records (times of one torch thread are processor times, see `peers.seconds`):
+Reads dataset, store and retriever of the configuration. Its parts, `retriever.search.benchmark.parts`, begin the names of
+their records (times of one torch thread are processor times, see `peers.seconds`):
 
     pool_*       scoring of `chunks` of the pool's chunks by a batch of `questions`, beside its peers (`peers.compare`)
     shape_*      the same at the sizes of one layer of T5Gemma 2 4B (random vectors: times and rounding do not depend on them)
@@ -132,18 +133,20 @@ class Bench:
         self.records[name] = (float(value), unit)
 
 
-def run(config: Config) -> list[dict[str, Any]]:
+def run(config: Config, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """`keep` is given all records so far after every part, of which one may take an hour."""
     before = torch.get_num_threads()
     torch.set_num_threads(config.retriever.search.threads)
     try:
         bench = Bench(config)
-        parts = [_pool, _shape, _batches, _searches, _ivf, _sizes, _latency]
-        for part in tqdm(parts, desc="benchmark", unit="part", disable=None):
-            part(bench)
+        for name in tqdm(bench.settings.parts, desc="benchmark", unit="part", disable=None):
+            PARTS[name](bench)
+            records = [{"name": name, "value": value, "unit": unit} for name, (value, unit) in bench.records.items()]
+            keep(records)
         _publish(bench)
     finally:
         torch.set_num_threads(before)
-    return [{"name": name, "value": value, "unit": unit} for name, (value, unit) in bench.records.items()]
+    return records
 
 
 def _compared(bench: Bench, prefix: str, times: peers.Times, errors: peers.Errors) -> None:
@@ -183,7 +186,7 @@ def _shape(bench: Bench) -> None:
     _compared(bench, "shape", times, errors)
 
 
-def _batches(bench: Bench) -> None:
+def _batch(bench: Bench) -> None:
     pooled, ask = bench.sample, bench.asks[0]
     forms = ["exact", "reverse", "int8", "linear"] if not pooled.is_cuda else ["exact", "reverse", "linear"]
     for size in [batch for batch in BATCHES if batch <= len(ask)]:
@@ -193,7 +196,7 @@ def _batches(bench: Bench) -> None:
             bench.add(f"batch_{size}_{name}", taken / size / len(pooled) * 1e6, "us a question and chunk")
 
 
-def _searches(bench: Bench) -> None:
+def _search(bench: Bench) -> None:
     streamed, memory = bench.local(), bench.local(in_memory=True)
     pool = memory if bench.config.retriever.search.in_memory else streamed
     truth, same, furthest = [], 0, 0.0
@@ -312,7 +315,7 @@ def repeated(store: ChunkStore, rows: int) -> Iterator[Tensor]:
                 return
 
 
-def _sizes(bench: Bench) -> None:
+def _rows(bench: Bench) -> None:
     """Per head, one pass over the pool: a mixture takes two."""
     first = replace(bench.asks[0], kind="per_head")
     for rows in sorted(bench.settings.pools):
@@ -340,7 +343,7 @@ def _latency(bench: Bench) -> None:
     settings = bench.config.retriever
     passes = search.Passes(
         bench.backbone, bench.store, bench.retriever, tile_chunks=settings.tile_chunks, search=settings.search,
-        pool=bench.passes.searcher.pool,
+        beside=bench.passes,
     )  # fmt: skip
     warm = min(intrinsic.CHECKED + 2, len(bench.questions) - 1)
     for number, question in enumerate(bench.questions[: warm + bench.settings.latency_questions]):
@@ -372,6 +375,17 @@ def _answered(bench: Bench, passes: search.Passes, question: Question) -> list[f
     return [end - begin for begin, end in itertools.pairwise(marks)]
 
 
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "pool": _pool,
+    "shape": _shape,
+    "batch": _batch,
+    "search": _search,
+    "ivf": _ivf,
+    "rows": _rows,
+    "latency": _latency,
+}
+
+
 def _publish(bench: Bench) -> None:
     current = tracking.current()
     for name, image in figures({name: value for name, (value, _) in bench.records.items()}).items():
@@ -382,14 +396,13 @@ def _publish(bench: Bench) -> None:
 
 def figures(values: dict[str, float]) -> dict[str, bytes]:
     """PNG files by name, of what the records hold."""
-    drawn = {
-        "recall.png": _figure(_draw_recall, values),
-        "latency.png": _figure(_draw_latency, values),
-        "batch.png": _figure(_draw_batch, values),
+    drawn = {"recall": (_draw_recall, "search_"), "latency": (_draw_latency, "latency_"), "batch": (_draw_batch, "batch_"),
+             "rows": (_draw_rows, "rows_")}  # fmt: skip
+    return {
+        f"{name}.png": _figure(draw, values)
+        for name, (draw, prefix) in drawn.items()
+        if any(record.startswith(prefix) for record in values)
     }
-    if any(name.startswith("rows_") for name in values):
-        drawn["rows.png"] = _figure(_draw_rows, values)
-    return drawn
 
 
 def _figure(draw: Callable[[Any, dict[str, float]], None], values: dict[str, float]) -> bytes:

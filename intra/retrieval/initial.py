@@ -17,7 +17,7 @@ Measured on the synthetic world (two small backbones, three seeds, 300 questions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 QUESTIONS = 256  # scored in one pass over the pool; fixed, so that a question's S_0 does not depend on the caller's batches
 ENCODED = 32  # encoded at once
+
+Tiles = Callable[[], Iterable[tuple[int, Tensor]]]
 
 
 class Space:
@@ -56,6 +58,29 @@ class Space:
         return (vectors.float() - self.mean) @ self.matrix if self.kind == "whitened" else vectors.float()
 
 
+class Chunks:
+    """The pool's side of S_0: its vectors where they are compared, made of the stored ones for every search, or once and kept."""
+
+    def __init__(self, space: Space, source: Tiles, device: torch.device | str = "cpu", *, keep: bool = False) -> None:
+        """`source` gives (first row, pooled [n, P, d]) of the whole pool each time it is called. `keep`: float32, on the device."""
+        self.space, self.device = space, device
+        self._source, self._keep = source, keep
+        self._kept: list[tuple[int, Tensor]] | None = None
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        made = []
+        for first, pooled in self._source():
+            tile = self.space.chunk(pooled.to(self.device))
+            if self._keep:
+                made.append((first, tile))
+            yield first, tile
+        if self._keep:
+            self._kept = made
+
+
 def maxsim(questions: Sequence[Tensor], pooled: Tensor) -> Tensor:
     """sum_a max_p <u_a, k_p>: questions B x [n_b, d], pooled [N, P, d], both in one space -> [B, N] float32."""
     tokens = torch.cat(list(questions))
@@ -68,18 +93,18 @@ def maxsim(questions: Sequence[Tensor], pooled: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def search(backbone: Backbone, store: ChunkStore, questions: Sequence[str], k: int, kind: str, tile_chunks: int) -> Iterator[TopK]:
+def search(backbone: Backbone, chunks: Chunks, questions: Sequence[str], k: int) -> Iterator[TopK]:
     """The k best chunks of the whole pool for every question, in their order: one TopK per 256 questions."""
-    space = Space(kind, store, backbone.device)
+    space = chunks.space
     with torch.no_grad(), tqdm(total=len(questions), desc="S_0", unit="question", disable=None) as bar:
         for first in range(0, len(questions), QUESTIONS):
             block = questions[first : first + QUESTIONS]
             vectors = [space.question(states) for states in encode(backbone, block)]
 
-            def scorer(pooled: Tensor, vectors: list[Tensor] = vectors) -> Tensor:
-                return maxsim(vectors, space.chunk(pooled.to(backbone.device))) * space.scale
+            def scorer(tile: Tensor, vectors: list[Tensor] = vectors) -> Tensor:
+                return maxsim(vectors, tile) * space.scale
 
-            best = scoring.top_k(store.tiles(tile_chunks), scorer, k)
+            best = scoring.top_k(chunks.tiles(), scorer, k)
             bar.update(len(block))
             yield best
 

@@ -259,6 +259,10 @@ class Local:
         chosen = self._loaded().chosen(union) if self.in_memory else Tile(self._read(union).to(self.device))
         return components(ask, self.keys, form, chosen, places)
 
+    def vectors(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, pooled [n, P, d]) of all rows; in memory they are of the keys' type."""
+        return ((first, tile.vectors) for first, tile in self._tiles())
+
     def _read(self, rows: Sequence[int]) -> Tensor:
         """The pooled vectors of ascending rows. Where many are wanted, whole tiles are read rather than rows."""
         if len(rows) < ALIGN or len(rows) * MANY < len(self):

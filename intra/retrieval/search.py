@@ -47,9 +47,9 @@ class Passes:
         query_batch: int = 16,
         tile_chunks: int = 2048,
         search: SearchConfig | None = None,
-        pool: Pool | None = None,
+        beside: Passes | None = None,
     ) -> None:
-        """`pool`: that of other passes over the same pooled vectors, with its memory or workers; None: a new one, for which Ray must be
+        """`beside`: other passes over the same pooled vectors, whose memory or workers these share; None: new ones, for which Ray must be
         connected with `search.workers`.
 
         Raises UserError where backbone, store and retriever do not fit each other, or no worker fits the cluster.
@@ -60,9 +60,12 @@ class Passes:
         self.query_batch, self.tile_chunks = query_batch, tile_chunks
         settings = search or SearchConfig()
         keys = Keys.of(backbone)
-        if pool is None and settings.workers:
+        pool: Pool
+        if beside is not None:
+            pool = beside.searcher.pool
+        elif settings.workers:
             pool = _fleet(store, keys, settings, tile_chunks)
-        elif pool is None:
+        else:
             pool = Local(store, keys, tile_chunks, backbone.device, settings.in_memory)
             if settings.scorer == "int8" and not fast_integers():
                 said = "search: without AVX512 integers multiply no faster than float32: retriever.search.scorer=int8 saves no time"
@@ -73,11 +76,24 @@ class Passes:
             return intrinsic.pruned(ask, keys, pooled.to(backbone.device, backbone.dtype), settings.heads)
 
         tokens = Tokens(keys, lambda rows: store.states([store.chunk_ids[row] for row in rows]))
-        self.searcher = Searcher(pool, settings, prune, tokens)
+        self.searcher: Searcher = Searcher(pool, settings, prune, tokens)
+        self._beside, self._in_memory = beside, settings.in_memory
         self._initial: dict[str, Scored] = {}
         self._intrinsic: dict[str, Scored] = {}
         self._context: dict[str, Scored] = {}
         self._normalisers: dict[str, Tensor] = {}  # log-normaliser of each component over the pool
+
+    @functools.cached_property
+    def _chunks(self) -> initial.Chunks:
+        """The pool's side of S_0. In memory `dot` compares the vectors that s_i is made of, where these are not rounded."""
+        if self._beside is not None:
+            return self._beside._chunks
+        pool, device = self.searcher.pool, self.backbone.device
+        space = initial.Space(self.retriever.settings.initial_scoring, self.store, device)
+        rounded = self.store.dtype == "float32" and self.backbone.dtype != torch.float32
+        if self._in_memory and space.kind == "dot" and isinstance(pool, Local) and not rounded:
+            return initial.Chunks(space, pool.vectors, device)
+        return initial.Chunks(space, functools.partial(self.store.tiles, self.tile_chunks), device, keep=self._in_memory)
 
     def check(self, pool: schema.Pool) -> None:
         """Raises UserError where the store does not hold the pool's chunks in the pool's order."""
@@ -91,8 +107,7 @@ class Passes:
         k = max(k, self.retriever.settings.initial_context)
         todo = _lacking(self._initial, questions, min(k, len(self.store)))
         texts = [question.question for question in todo]
-        kind = self.retriever.settings.initial_scoring
-        found = (scored for best in initial.search(self.backbone, self.store, texts, k, kind, self.tile_chunks) for scored in best.pairs())
+        found = (scored for best in initial.search(self.backbone, self._chunks, texts, k) for scored in best.pairs())
         self._initial.update(zip((question.question_id for question in todo), found, strict=True))
         return {question.question_id: self._initial[question.question_id] for question in questions}
 

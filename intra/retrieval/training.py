@@ -266,9 +266,11 @@ def initial_rows(
 ) -> list[Rows]:
     """S_0 of the training questions to depth k: rows of the pool, best first. Kept below the URL `folder` (`kept_rows`)."""
 
+    chunks = initial.Chunks(initial.Space(kind, store, backbone.device), functools.partial(store.tiles, tile_chunks), backbone.device)
+
     def find(block: Sequence[Question]) -> list[Scored]:
         texts = [question.question for question in block]
-        return [scored for best in initial.search(backbone, store, texts, k, kind, tile_chunks) for scored in best.pairs()]
+        return [scored for best in initial.search(backbone, chunks, texts, k) for scored in best.pairs()]
 
     return kept_rows(questions, find, folder, workers)
 

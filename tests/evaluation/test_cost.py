@@ -75,7 +75,8 @@ def test_s_0(backbone: Backbone, asked: list[Question]) -> None:
         def tiles(self, _: int) -> Iterator[tuple[int, torch.Tensor]]:
             yield 0, torch.randn(CHUNKS, LENGTH, backbone.hidden_size)
 
-    measured = counted(lambda: list(initial.search(backbone, Store(), [asked[0].question], 5, "dot", 512)))  # type: ignore[arg-type]
+    chunks = initial.Chunks(initial.Space("dot", Store()), lambda: Store().tiles(512))  # type: ignore[arg-type]
+    measured = counted(lambda: list(initial.search(backbone, chunks, [asked[0].question], 5)))
     assert cost.initial(backbone, asked, CHUNKS, LENGTH) == pytest.approx(measured, rel=0.25)
 
 

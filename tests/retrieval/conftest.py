@@ -39,6 +39,7 @@ class MemoryStore:
     chunk_ids: list[str]
     kept: list[Tensor]
     pooled_length: int = POOLED
+    dtype: str = "float32"
     tile_reads: int = 0
     row_of: dict[str, int] = field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,25 +46,21 @@ def test_a_peer_that_computes_something_else_is_not_timed(
 
 @pytest.mark.parametrize("retriever", ["mixture"], indirect=True)
 def test_every_part_gives_its_records(
-    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "LAYER_4B", {"d": 64, "heads": 4, "groups": 2, "e": 16, "tokens": 8})
+    chosen = config.parse({"root": str(tmp_path), "retriever": {"search": {"benchmark": SIZES}}})
     bench: Any = object.__new__(Bench)
-    bench.config = config.parse({"root": "x", "retriever": {"search": {"benchmark": SIZES}}})
-    bench.settings = bench.config.retriever.search.benchmark
+    bench.config, bench.settings = chosen, chosen.retriever.search.benchmark
     bench.questions, bench.retriever, bench.backbone, bench.store = questions, retriever, backbone, store
     bench.keys, bench.records = Keys.of(backbone), {}
     bench.passes = search.Passes(backbone, store, retriever, query_batch=4)  # type: ignore[arg-type]
-    for part in (
-        benchmark._pool,
-        benchmark._shape,
-        benchmark._batches,
-        benchmark._searches,
-        benchmark._ivf,
-        benchmark._sizes,
-        benchmark._latency,
-    ):
-        part(bench)
+    monkeypatch.setattr(benchmark, "Bench", lambda _: bench)
+    kept: list[list[dict[str, Any]]] = []
+    records = benchmark.run(chosen, kept.append)
+    assert kept[-1] == records
+    assert [set(kept[0][0]), len(kept)] == [{"name", "value", "unit"}, len(benchmark.PARTS)]
+    assert {record["name"].split("_")[0] for record in kept[0]} == {"pool"}
     values = {name: value for name, (value, _) in bench.records.items()}
     assert values["search_questions"] == 8
     assert values["search_same_top_20"] == 1
@@ -80,8 +78,9 @@ def test_every_part_gives_its_records(
     assert values["rows_150_exact_memory"] > 0.05
     assert values["latency_total_median"] >= max(values[f"latency_{stage}_median"] for stage in ("S_0", "search", "answer"))
     drawn = benchmark.figures(values)
-    assert set(drawn) == {"recall.png", "latency.png", "batch.png", "rows.png"}
+    assert set(drawn) == {"recall.png", "latency.png", "batch.png", "rows.png"} == set(os.listdir(tmp_path / "benchmark" / "search"))
     assert all(image.startswith(b"\x89PNG") for image in drawn.values())
+    assert set(benchmark.figures({name: value for name, value in values.items() if name.startswith("latency_")})) == {"latency.png"}
 
 
 def test_the_workers_of_a_search_are_started_once(

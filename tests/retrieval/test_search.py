@@ -42,10 +42,14 @@ def naive_initial(kind: str, store: MemoryStore, states: Tensor) -> list[float]:
     return [sum(max(similarity(u, v) for v in chunk) for u in states) for chunk in store.vectors]
 
 
+def compared(store: MemoryStore, tile_chunks: int, kind: str = "dot") -> initial.Chunks:
+    return initial.Chunks(initial.Space(kind, store), lambda: store.tiles(tile_chunks))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["dot", "cosine", "whitened"])
 def test_initial_scores_equal_the_naive_ones(kind: str, backbone: Backbone, store: MemoryStore, questions: list[Question]) -> None:
     texts = [question.question for question in questions[:3]]
-    (best,) = initial.search(backbone, store, texts, 10, kind, 7)  # type: ignore[arg-type]
+    (best,) = initial.search(backbone, compared(store, 7, kind), texts, 10)
     for text, rows, scores in zip(texts, best.rows.tolist(), best.scores, strict=True):
         (states,) = backbone.encode(backbone.tokenize([text]))
         expected = naive_initial(kind, store, states)
@@ -55,9 +59,28 @@ def test_initial_scores_equal_the_naive_ones(kind: str, backbone: Backbone, stor
 
 def test_initial_does_not_depend_on_tiles_or_neighbours(backbone: Backbone, store: MemoryStore, questions: list[Question]) -> None:
     texts = [question.question for question in questions]
-    (together,) = initial.search(backbone, store, texts, 8, "dot", 60)  # type: ignore[arg-type]
-    alone = [next(iter(initial.search(backbone, store, [text], 8, "dot", 11))).rows[0].tolist() for text in texts]  # type: ignore[arg-type]
+    (together,) = initial.search(backbone, compared(store, 60), texts, 8)
+    alone = [next(iter(initial.search(backbone, compared(store, 11), [text], 8))).rows[0].tolist() for text in texts]
     assert together.rows.tolist() == alone
+
+
+@pytest.mark.parametrize("kind", ["dot", "cosine", "whitened"])
+def test_s_0_in_memory_reads_the_pool_once_and_finds_the_same(
+    kind: str, backbone: Backbone, store: MemoryStore, questions: list[Question]
+) -> None:
+    retriever = Retriever.initialise(backbone, settings(backbone, initial_scoring=kind), 0)
+    streamed, kept = (
+        search.Passes(backbone, store, retriever, tile_chunks=16, search=SearchConfig(in_memory=in_memory))  # type: ignore[arg-type]
+        for in_memory in (False, True)
+    )
+    beside = search.Passes(backbone, store, retriever, beside=kept)  # type: ignore[arg-type]
+    reads = []
+    for passes in (streamed, kept, beside):
+        before = store.tile_reads
+        found = [passes.initial([question], 10)[question.question_id] for question in questions[:4]]
+        reads.append(store.tile_reads - before)
+        assert found == [streamed.initial([question], 10)[question.question_id] for question in questions[:4]]
+    assert reads == [4, 1, 0]
 
 
 @pytest.fixture
