@@ -1,9 +1,11 @@
 """What encoding reaches, as ratios taken in one run: of the bare model, of this machine's matrix product, of two workers to one.
 
 The job is workflows/encode.py's own, from the first shard's start to the last one's end (`Progress.active`); the bare loop is the encoder
-alone over the same chunks in the same batches, tokens at hand, nothing pooled or written. All are done in turn, `store.benchmark.repeats`
-times, and a ratio is taken within each turn: minutes later a shared machine may have another speed. Records are medians over the turns.
-`stolen` is what the hypervisor gave to others meanwhile: where it is more than a hundredth, the machine was not quiet.
+alone over the same chunks in the same batches, tokens at hand, nothing pooled or written: half of them before the job, half after it.
+All are done in turn, `store.benchmark.repeats` times, and a ratio is taken within each turn: minutes later a shared machine may have
+another speed. Records are medians over the turns. `two_workers_to_one` is of their rates (`Progress.rate`); among so few shards the wait
+for the last one is long: `two_workers_to_one_wall` has it. `stolen` is what the hypervisor gave to others meanwhile: where it is more than
+a hundredth, the machine was not quiet.
 
 The pool is of the configuration's kind, of about `store.benchmark.chunks` chunks. A backbone that the configuration would make from scratch
 has random weights here: speed does not depend on them.
@@ -113,8 +115,10 @@ def _measured(
         for _ in tqdm(range(config.store.benchmark.repeats), desc="benchmark", unit="repeat", disable=None):
             clocks = psutil.cpu_times()
             peak = gemm(backbone)
-            bare, mixed = _loop(backbone, ours), _loop(backbone, theirs)
-            job, both = _job(alone, encode), _job(pair, encode) if two else None
+            mixed, bare = _loop(backbone, theirs), _loop(backbone, ours[::2])
+            job = _job(alone, encode)
+            bare += _loop(backbone, ours[1::2])
+            both = _job(pair, encode) if two else None
             turns.append(Turn(max(peak, gemm(backbone)), bare, mixed, job, both, stolen(clocks, psutil.cpu_times())))
     finally:
         torch.set_num_threads(before)
@@ -152,9 +156,10 @@ def records(
         ("bare_loop_share_of_gemm_peak", middle(lambda turn: operations / turn.bare / turn.peak), "share"),
         ("stolen", middle(lambda turn: turn.stolen), "share"),
     ]
-    ratios = [turn.job.active / turn.pair.active for turn in turns if turn.pair is not None]
-    if ratios:
-        found.append(("two_workers_to_one", statistics.median(ratios), "ratio"))
+    both = [(turn.job, turn.pair) for turn in turns if turn.pair is not None]
+    if both:
+        found.append(("two_workers_to_one", statistics.median(pair.rate / job.rate for job, pair in both), "ratio"))
+        found.append(("two_workers_to_one_wall", statistics.median(job.active / pair.active for job, pair in both), "ratio"))
     return [{"name": name, "value": float(value), "unit": unit} for name, value, unit in found]
 
 

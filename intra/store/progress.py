@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, shards: int, chunks: int, begun: float) -> None:
         self.shards, self.chunks, self.begun = shards, chunks, begun
         self.done = self.done_chunks = self.tokens = self.bytes = self.memory = 0  # memory: bytes, of the largest worker
-        self._spans: dict[str, list[float]] = {}  # worker -> first start, last end, seconds of computing
+        self._spans: dict[str, list[float]] = {}  # worker -> first start, last end, seconds of computing, tokens
 
     def add(self, line: Mapping[str, Any]) -> None:
         self.done += 1
@@ -27,8 +27,9 @@ class Progress:
         self.tokens += int(line["tokens"])
         self.bytes += int(line["bytes"])
         self.memory = max(self.memory, int(line["memory"]))
-        span = self._spans.setdefault(str(line["worker"]), [line["started"], line["ended"], 0.0])
-        span[0], span[1], span[2] = min(span[0], line["started"]), max(span[1], line["ended"]), span[2] + line["compute"]
+        span = self._spans.setdefault(str(line["worker"]), [line["started"], line["ended"], 0.0, 0.0])
+        span[0], span[1] = min(span[0], line["started"]), max(span[1], line["ended"])
+        span[2], span[3] = span[2] + line["compute"], span[3] + line["tokens"]
 
     @property
     def start_up(self) -> float:
@@ -45,6 +46,11 @@ class Progress:
         """Of the time that the workers were at it, the share in which they encoded."""
         present = sum(span[1] - span[0] for span in self._spans.values())
         return sum(span[2] for span in self._spans.values()) / present if present else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of all workers, each over its own time: a worker's wait while another ends its last shard is not in it."""
+        return sum(tokens / (end - start) for start, end, _, tokens in self._spans.values() if end > start)
 
     @property
     def tokens_per_second(self) -> float:

@@ -46,18 +46,29 @@ def test_random_weights_are_a_backbone_that_a_store_can_be_made_of(tmp_path: Pat
     assert lineage.weights_digest(config) == locate.digest(*lineage.model(config))
 
 
-def progress(active: float) -> Progress:
-    made = Progress(1, 1, 0.0)
-    made.add({"rows": 1, "tokens": 4, "bytes": 8, "memory": 1, "worker": "w", "started": 2.0, "ended": 2.0 + active, "compute": active})
+def progress(*shards: tuple[str, int, float, float]) -> Progress:
+    """Of (worker, tokens, start, end)."""
+    made = Progress(len(shards), len(shards), 0.0)
+    for worker, tokens, start, end in shards:
+        line = {"rows": 1, "tokens": tokens, "bytes": 8, "memory": 1, "compute": end - start}
+        made.add({**line, "worker": worker, "started": 2.0 + start, "ended": 2.0 + end})
     return made
+
+
+def alone(active: float) -> Progress:
+    return progress(("a", 4, 0.0, active))
+
+
+def pair(one: float, other: float) -> Progress:
+    return progress(("a", 2, 0.0, one), ("b", 2, 0.0, other))
 
 
 def test_a_ratio_is_taken_within_a_turn_and_the_median_counts() -> None:
     """The machine is three times slower in the second turn: no ratio moves. In the third another program takes half of a core: one does."""
     turns = [
-        Turn(peak=100.0, bare=10.0, mixed=4.0, job=progress(11.0), pair=progress(5.5), stolen=0.0),
-        Turn(peak=100.0 / 3, bare=30.0, mixed=12.0, job=progress(33.0), pair=progress(16.5), stolen=0.0),
-        Turn(peak=100.0, bare=10.0, mixed=4.0, job=progress(11.0), pair=progress(9.0), stolen=0.2),
+        Turn(peak=100.0, bare=10.0, mixed=4.0, job=alone(11.0), pair=pair(5.5, 5.5), stolen=0.0),
+        Turn(peak=100.0 / 3, bare=30.0, mixed=12.0, job=alone(33.0), pair=pair(16.5, 16.5), stolen=0.0),
+        Turn(peak=100.0, bare=10.0, mixed=4.0, job=alone(11.0), pair=pair(9.0, 9.0), stolen=0.2),
     ]
     made = benchmark.records([[1, 2], [3, 4]], [[[1, 2], [3, 4]]], [[[1, 2]]], 550.0, turns)
     found = {record["name"]: record["value"] for record in made}
@@ -66,6 +77,15 @@ def test_a_ratio_is_taken_within_a_turn_and_the_median_counts() -> None:
     assert found["share_of_gemm_peak"] == pytest.approx(550 / 11 / 100)
     assert found["job_to_random_batches"] == pytest.approx(4 / 11 / (2 / 4))
     assert found["stolen"] == 0.0
+
+
+def test_waiting_for_the_last_shard_is_in_the_wall_time_alone() -> None:
+    """One worker does two shards of 1 token a second each, then waits for the other's third."""
+    both = progress(("a", 2, 0.0, 2.0), ("b", 2, 0.0, 2.0), ("b", 2, 2.0, 4.0))
+    turn = Turn(peak=1.0, bare=6.0, mixed=6.0, job=progress(("a", 6, 0.0, 6.0)), pair=both, stolen=0.0)
+    found = {record["name"]: record["value"] for record in benchmark.records([[1]], [[[1]]], [[[1]]], 1.0, [turn])}
+    assert found["two_workers_to_one"] == pytest.approx(2.0)
+    assert found["two_workers_to_one_wall"] == pytest.approx(1.5)
 
 
 def test_stolen_time_is_a_share_of_all() -> None:
