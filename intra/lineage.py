@@ -32,7 +32,7 @@ from intra.evaluation import expectations
 from intra.store.format import FORMAT
 
 EXACT = ("exact", "head_space", "reverse")  # retriever.search.scorer: these rank alike in float32
-SCANS = 2  # of the rule by which int8, cascade and auto rank; raise it when they rank otherwise
+SCANS = 3  # of the rule by which int8, cascade and auto rank; raise it when they rank otherwise
 VERSION = 1  # of the artifacts' formats; raise it when the bytes of any of them change meaning
 # The workflow; of others, evaluate.
 MADE_BY = {"dataset": "prepare", "encoder": "encode", "backbone": "warmstart", "store": "encode", "retriever": "train"}
@@ -276,6 +276,7 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
         if search.scorer not in EXACT:
             made_of += [search.scorer, search.candidates, search.recall, search.heads]
             made_of += [] if search.scorer == "paper" else [{"scans": SCANS}]
+            made_of += [search.coarse_candidates] if search.scorer in ("cascade", "auto") else []
         elif config.backbone.dtype != "float32":
             made_of.append(search.scorer)
         return [*made_of, {"rescore": search.rescore}] if search.rescore else made_of

@@ -62,6 +62,13 @@ def test_an_approximate_scorer_names_its_rule_in_the_ranking_and_an_exact_one_no
     before = {scorer: names(scorer) for scorer in scorers}
     assert before["exact"] == before["head_space"] == before["reverse"]
     assert len({intra for intra, _ in before.values()}) == 5
+    coarse = changed(config, "retriever.search.coarse_candidates", 1000)
+    differs = [
+        name
+        for name in scorers
+        if lineage.ranking(changed(coarse, "retriever.search.scorer", name), "intra").fingerprint != before[name][0]
+    ]
+    assert differs == ["cascade", "auto"]
     monkeypatch.setattr(lineage, "SCANS", lineage.SCANS + 1)
     assert [scorer for scorer in scorers if names(scorer) != before[scorer]] == ["int8", "cascade", "auto"]
     assert {maxsim for _, maxsim in before.values()} == {names("cascade")[1]}

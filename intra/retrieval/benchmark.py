@@ -199,6 +199,7 @@ def _batch(bench: Bench) -> None:
 def _search(bench: Bench) -> None:
     streamed, memory = bench.local(), bench.local(in_memory=True)
     pool = memory if bench.config.retriever.search.in_memory else streamed
+    coarse = bench.config.retriever.search.coarse_candidates
     truth, same, furthest = [], 0, 0.0
     for ask in tqdm(bench.asks, desc="exact", unit="batch", disable=None):
         exact = intrinsic.exact(streamed, ask, TOP, Form("head_space"))
@@ -211,21 +212,22 @@ def _search(bench: Bench) -> None:
     bench.add("search_chunks", len(bench.part), "")
     bench.add("search_same_top_20", same / count, "of the questions, head_space and reverse")
     bench.add("search_reverse_error", furthest, "of the spread, of all batches")
-    scans = [("cascade", Form("linear"), list(CANDIDATES))]
+    bench.add("search_coarse_candidates", coarse, "of the cascade's scan")
+    scans = [("cascade", intrinsic.cascade(pool, coarse), list(CANDIDATES))]
     if bench.backbone.device.type != "cuda":
         pooled = next(iter(bench.part.tiles(min(ALIGN, len(bench.part)))))[1].to(bench.keys.projections.dtype)
         fewer = intrinsic.pruned(bench.asks[0], bench.keys, pooled, PRUNED)
         bench.add("search_pruned_heads", sum(map(sum, fewer.kept or ())), f"of {bench.backbone.layers * bench.backbone.heads}")
         scans += [("int8", Form("int8"), [FEW]), ("pruned", fewer, [FEW])]
     for name, form, depths in scans:
-        for depth, kept in _recalls(pool, bench.asks, truth, form, depths, name).items():
+        for depth, kept in _recalls(pool, bench.asks, truth, form, depths, coarse, name).items():
             for k, value in kept.items():
                 bench.add(f"search_{name}_{depth}_recall_{k}", value, "of the exact top")
     # Time against time: all in turn, on the first batch; exact in whichever form is the cheaper one here.
     works: dict[str, Callable[[], Any]] = {"exact": functools.partial(intrinsic.exact, pool, bench.asks[0], TOP)}
     for name, form, depths in scans:
         works |= {
-            f"{name}_{depth}": functools.partial(intrinsic.approximate, pool, bench.asks[0], TOP, form, depth) for depth in depths
+            f"{name}_{depth}": functools.partial(intrinsic.approximate, pool, bench.asks[0], TOP, form, depth, coarse) for depth in depths
         }  # fmt: skip
     times = dict.fromkeys(works, float("inf"))
     for _ in range(bench.settings.repeats):
@@ -242,15 +244,16 @@ def _search(bench: Bench) -> None:
 
 
 def _recalls(
-    pool: Local, asks: list[Ask], truth: list[list[Scored]], form: Form, depths: list[int], name: str
+    pool: Local, asks: list[Ask], truth: list[list[Scored]], form: Form, depths: list[int], coarse: int, name: str
 ) -> dict[int, dict[int, float]]:  # fmt: skip
     """Of the exact top 5 and top 20, what a search with so many candidates keeps: candidates -> k -> share. One scan serves all."""
     kept = {depth: {5: 0.0, TOP: 0.0} for depth in depths}
     count = sum(map(len, asks))
     for ask, exact in zip(tqdm(asks, desc=name, unit="batch", disable=None), truth, strict=True):
-        rows, sums = intrinsic.scanned(pool, ask, form, max(TOP, *depths))
+        rows, sums = intrinsic.scanned(pool, ask, form, max(TOP, *depths, coarse if form.name == "linear" else 0))
         for depth in depths:
-            found = intrinsic.followed(pool, ask, TOP, form, [mine[: max(TOP, depth)] for mine in rows], sums, depth).pairs
+            mine = rows if form.name == "linear" else rows[:, : max(TOP, depth)]
+            found = intrinsic.followed(pool, ask, TOP, form, mine, sums, depth).pairs
             for k in kept[depth]:
                 share = intrinsic.recall([mine[:k] for mine in exact], [mine[:k] for mine in found])
                 kept[depth][k] += len(ask) * share / count
@@ -317,13 +320,14 @@ def repeated(store: ChunkStore, rows: int) -> Iterator[Tensor]:
 
 def _rows(bench: Bench) -> None:
     """Per head, one pass over the pool: a mixture takes two."""
+    coarse = bench.config.retriever.search.coarse_candidates
     first = replace(bench.asks[0], kind="per_head")
     for rows in sorted(bench.settings.pools):
         with tempfile.TemporaryDirectory() as folder:
             pool = bench.local(VectorFile.write(str(Path(folder) / "pooled"), repeated(bench.store, rows)))
             for name, work in {
                 "exact": functools.partial(intrinsic.exact, pool, first, TOP),
-                "cascade": functools.partial(intrinsic.approximate, pool, first, TOP, Form("linear"), 200),
+                "cascade": functools.partial(intrinsic.approximate, pool, first, TOP, intrinsic.cascade(pool, coarse), 200, coarse),
             }.items():
                 begun = time.perf_counter()
                 with _Memory() as memory:

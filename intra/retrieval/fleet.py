@@ -43,14 +43,13 @@ class Holder:
             self._parts[row["part"]] = Resident(self._source, self._keys, row["part"], self._device)
         part, ask, form = self._parts[row["part"]], self._asked(row["ask"]), row["form"]
         if row["what"] == "components":
-            union, places = pools.placed(row["rows"])
-            return {"result": pools.components(ask, self._keys, form, part.chosen(union), places)}
+            return {"result": part.components(ask, self._keys, form, row["rows"])}
         scorer = ask.scorer(self._keys, form, scalars=True)
         tiles = part.tiles(self._tile_chunks)
         if row["what"] == "log_sums":
             return {"result": scoring.log_sums(tiles, scorer).cpu()}  # type: ignore[arg-type]
         normalisers = None if row["normalisers"] is None else row["normalisers"].to(self._device)
-        return {"result": pools.best(tiles, scorer, row["k"], normalisers)}
+        return {"result": pools.best(tiles, scorer, row["k"], normalisers, form.rough)}
 
     def _asked(self, reference: Any) -> Ask:
         import ray
@@ -108,15 +107,16 @@ class Fleet:
         return total
 
     def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        owner = self.parts[0][1] if self.parts else 1
-        mine = {part: [[row for row in each if row // owner == number] for each in rows] for number, part in enumerate(self.parts)}
-        wanted = {part: {"what": "components", "rows": each} for part, each in mine.items() if any(each)}
-        found = self._each(wanted, ask, form)
-        together = []
-        for index, each in enumerate(rows):
-            pieces = [(mine[part][index], found[part][index]) for part in wanted if mine[part][index]]
-            place = {row: column for column, row in enumerate(row for own, _ in pieces for row in own)}
-            together.append(torch.cat([piece for _, piece in pieces], dim=1)[:, [place[row] for row in each]])
+        size = self.parts[0][1] if self.parts else 1
+        wanted = [torch.tensor(each, dtype=torch.int64) for each in rows]
+        owners = [each // size for each in wanted]
+        mine = {part: [each[own == number] for each, own in zip(wanted, owners, strict=True)] for number, part in enumerate(self.parts)}
+        work = {part: {"what": "components", "rows": [each.tolist() for each in own]} for part, own in mine.items() if any(map(len, own))}
+        found = self._each(work, ask, form)
+        together = [torch.empty(ask.components, len(each)) for each in wanted]
+        for number, part in enumerate(self.parts):
+            for all_mine, own, piece in zip(together, owners, found.get(part, []), strict=False):
+                all_mine[:, own == number] = piece
         return together
 
     def close(self) -> None:

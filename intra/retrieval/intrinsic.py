@@ -4,7 +4,9 @@
     exact        head_space or, in float32, where both rank alike, reverse: whichever takes fewer operations (`pools.cheaper`); the default
     int8         a scan in integers; its best `candidates` a question are scored again, exactly. With `heads` below 1 it leaves out the
                  heads that weigh least (`scorers.strongest`, on the first CHECKED questions and the pool's first chunks)
-    cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`); then the same
+    cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`); its best
+                 `coarse_candidates` a question by one query vector a head (`scorers.Summed`), a smaller pool by that alone; of these the
+                 best `candidates` exactly
     auto         exact for `mixed` (it is cheap) and for pools of fewer than AUTO_CHUNKS times `candidates` chunks; else cascade
     head_space, reverse, paper     that form and no other
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
 AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
-_SCANS = {"cascade": Form("linear"), "int8": Form("int8")}
+_SCANS = ("cascade", "int8")
 Rescorer = Callable[[Ask, Sequence[Sequence[int]]], list[Tensor]]  # `pools.Tokens`: components of each question for rows of its own
 
 
@@ -58,42 +60,56 @@ def exact(pool: Pool, ask: Ask, k: int, form: Form | None = None) -> Found:
     return Found(pool.best(ask, form, k, normalisers).pairs(), normalisers)
 
 
-def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int) -> Found:
-    """The best `candidates` (k at least) of a scan in `form`, ordered by their exact scores."""
-    rows, sums = scanned(pool, ask, form, max(k, candidates))
+def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int, coarse: int = 0) -> Found:
+    """The best `candidates` (k at least) of a scan in `form`, ordered by their exact scores; of a `linear` one those that `summed` queries
+    choose of its best `coarse`."""
+    rows, sums = scanned(pool, ask, form, max(k, candidates, coarse if form.name == "linear" else 0))
     return followed(pool, ask, k, form, rows, sums, candidates)
 
 
-def scanned(pool: Pool, ask: Ask, form: Form, count: int) -> tuple[list[list[int]], Tensor | None]:
-    """The first half of `approximate`: the best rows of each question in `form`, and a mixture's normalisers by it, [B, C]."""
+def cascade(pool: Pool, coarse: int) -> Form:
+    """Its scan: where all chunks may go on to `summed` queries, these alone."""
+    return Form("linear" if len(pool) > coarse else "summed")
+
+
+def scanned(pool: Pool, ask: Ask, form: Form, count: int) -> tuple[Tensor, Tensor | None]:
+    """The first half of `approximate`: the best rows of each question in `form`, int64 [B, count at most], and a mixture's normalisers by
+    it, [B, C]."""
     sums = pool.log_sums(ask, form) if ask.kind == "mixture" else None
-    return pool.best(ask, form, count, sums).rows.tolist(), sums
+    return pool.best(ask, form, count, sums).rows, sums
 
 
-def followed(
-    pool: Pool, ask: Ask, k: int, form: Form, rows: Sequence[Sequence[int]], sums: Tensor | None, candidates: int
-) -> Found:  # fmt: skip
+def followed(pool: Pool, ask: Ask, k: int, form: Form, rows: Tensor, sums: Tensor | None, candidates: int) -> Found:
     """The second half: the best k of these rows by their exact scores."""
-    return again(ask, rows, k, sums, candidates, functools.partial(_components, pool, form), functools.partial(_components, pool, Form()))
+    exactly = functools.partial(_components, pool, Form())
+    if form.name == "linear" and rows.shape[1] > max(k, candidates):
+        linear, one_query = functools.partial(_components, pool, form), functools.partial(_components, pool, Form("summed"))
+        rows, _, sums = _again(ask, rows, max(k, candidates), sums, candidates, linear, one_query)
+        form = Form("summed")
+    return again(ask, rows, k, sums, candidates, functools.partial(_components, pool, form), exactly)
 
 
-def again(
-    ask: Ask, rows: Sequence[Sequence[int]], k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer
-) -> Found:  # fmt: skip
-    """The best k of `rows` by their `true` components. `sums`: normalisers of a mixture by the `rough` ones, which the first `depth` rows
-    correct: of as many as any k gives."""
-    z = torch.stack(true(ask, rows))  # [B, C, m]
+def again(ask: Ask, rows: Tensor, k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer) -> Found:
+    """The best k of `rows` [B, m] by their `true` components. `sums`: normalisers of a mixture by the `rough` ones, which the first `depth`
+    rows correct: of as many as any k gives."""
+    best, scores, normalisers = _again(ask, rows, k, sums, depth, rough, true)
+    pairs = [list(zip(mine, each, strict=True)) for mine, each in zip(best.tolist(), scores.tolist(), strict=True)]
+    return Found(pairs, normalisers)
+
+
+def _again(
+    ask: Ask, rows: Tensor, k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    z = torch.stack(true(ask, rows.tolist()))  # [B, C, m]
     if sums is None:
         scores, normalisers = z[:, 0], None
     else:
-        own = torch.stack(rough(ask, [mine[:depth] for mine in rows]))
+        own = torch.stack(rough(ask, rows[:, :depth].tolist()))
         normalisers = corrected(sums.cpu(), own, z[:, :, :depth])
         scores = scoring.log_mixture(z, normalisers).float()
-    pairs = [
-        sorted(zip(mine, each, strict=True), key=lambda pair: (-pair[1], pair[0]))[:k]
-        for mine, each in zip(rows, scores.tolist(), strict=True)
-    ]
-    return Found(pairs, normalisers)
+    upwards, place = rows.sort(dim=1)  # of equal scores the lower row first
+    scores, order = scores.gather(1, place).sort(dim=1, descending=True, stable=True)
+    return upwards.gather(1, order[:, :k]), scores[:, :k], normalisers
 
 
 def _components(pool: Pool, form: Form, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -141,7 +157,7 @@ class Searcher:
         found, depth = self._by_pooled(ask, k), self.settings.rescore
         if not depth or self._tokens is None:
             return found
-        rows = [[row for row, _ in mine] for mine in found.pairs]
+        rows = torch.tensor([[row for row, _ in mine] for mine in found.pairs])
         return again(ask, rows, k, found.normalisers, depth, functools.partial(_components, self.pool, Form()), self._tokens)
 
     def _by_pooled(self, ask: Ask, k: int) -> Found:
@@ -150,8 +166,7 @@ class Searcher:
         if name not in _SCANS:
             return exact(self.pool, ask, depth, Form(name))
         if chosen := self._chosen.get(k):
-            scans = chosen.name != "exact"
-            return approximate(self.pool, ask, depth, chosen, self.settings.candidates) if scans else exact(self.pool, ask, depth)
+            return self._approximate(ask, depth, chosen) if chosen.name != "exact" else exact(self.pool, ask, depth)
         asks, truth = self._first.setdefault(k, ([], []))
         count = min(len(ask), CHECKED - len(truth))
         asks.append(ask.part(0, count))
@@ -166,11 +181,15 @@ class Searcher:
         sums = [each.normalisers.cpu() for each in (found, others) if each.normalisers is not None]
         return Found(found.pairs + others.pairs, torch.cat(sums) if sums else None)
 
+    def _approximate(self, ask: Ask, k: int, form: Form) -> Found:
+        return approximate(self.pool, ask, k, form, self.settings.candidates, self.settings.coarse_candidates)
+
     def _checked(self, name: str, ask: Ask, truth: Sequence[Scored], depth: int) -> Form:
         """The scan `name`, or the exact form where it keeps too little of the exact rankings of these questions."""
         prune = self._sample if name == "int8" and self.settings.heads < 1 else None
-        form = _SCANS[name] if prune is None else prune(ask)
-        kept = recall(truth, approximate(self.pool, ask, depth, form, self.settings.candidates).pairs)
+        scan = cascade(self.pool, self.settings.coarse_candidates) if name != "int8" else Form("int8")
+        form = scan if prune is None else prune(ask)
+        kept = recall(truth, self._approximate(ask, depth, form).pairs)
         if kept >= self.settings.recall:
             return form
         print(

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from intra.retrieval import scoring
-from intra.retrieval.scorers import ALIGN, Keys, LayerScorer, Linear, refuse
+from intra.retrieval.scorers import ALIGN, PART, Keys, LayerScorer, Linear, Summed, refuse, summed
 from intra.retrieval.scoring import TopK
 
 if TYPE_CHECKING:
@@ -38,6 +37,18 @@ class Tile(NamedTuple):
     means: Tensor | None = None  # [n, d] of the vectors
     mean_scalars: Tensor | None = None  # [L, G, n]
 
+    def rows(self, at: Tensor) -> Tile:
+        """The chunks at these places."""
+        means, scalars = self.means, self.scalars
+        return Tile(
+            self.vectors.index_select(0, at),  # several times faster than self.vectors[at]
+            None
+            if scalars is None
+            else scalars.movedim(2, 0).index_select(0, at).movedim(0, 2),  # where a chunk's lie together they are read together
+            None if means is None else means[at],
+            None if self.mean_scalars is None else self.mean_scalars[:, :, at],
+        )
+
 
 Tiles = Iterable[tuple[int, Tile]]  # first row, tile
 Scorer = Callable[[Tile], Tensor]  # -> components [B, C, n] float32
@@ -45,10 +56,14 @@ Scorer = Callable[[Tile], Tensor]  # -> components [B, C, n] float32
 
 @dataclass(frozen=True)
 class Form:
-    """How components are computed: a form of `scorers.FORMS`, `exact` (head_space or reverse, by `cheaper`) or `linear`."""
+    """How components are computed: a form of `scorers.FORMS`, `exact` (head_space or reverse, by `cheaper`), `linear` or `summed`."""
 
     name: str = "exact"
     kept: tuple[tuple[bool, ...], ...] | None = None  # [L][H]: heads that count, of `scorers.strongest`; None: all
+
+    @property
+    def rough(self) -> bool:
+        return self.name in ("linear", "summed")
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,11 @@ class Ask:
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    @property
+    def components(self) -> int:
+        """C"""
+        return self.queries.shape[1] if self.kind == "mixture" else 1
 
     def part(self, first: int, count: int = 1) -> Ask:
         """So many of the questions."""
@@ -93,9 +113,13 @@ class Ask:
         if form.name == "linear":
             linear = Linear(self.queries, keys, self.weights, self.kind, temperature=self.temperature)
             return lambda tile: linear(tile.vectors, tile.means, tile.mean_scalars)
-        name = cheaper(keys, self.queries.shape, scalars) if form.name == "exact" else form.name
+        queries = summed(self.queries) if form.name == "summed" else self.queries
+        name = cheaper(keys, queries.shape, scalars) if form.name in ("exact", "summed") else form.name
+        if form.name == "summed" and name == "reverse":
+            carried = Summed(queries, keys, self.weights, self.kind, temperature=self.temperature)
+            return lambda tile: carried(tile.vectors, tile.scalars)
         kept = None if form.kept is None else torch.tensor(form.kept)
-        layers = LayerScorer(self.queries, keys, self.weights, self.kind, form=name, temperature=self.temperature, kept=kept)
+        layers = LayerScorer(queries, keys, self.weights, self.kind, form=name, temperature=self.temperature, kept=kept)
         return lambda tile: layers(tile.vectors, tile.scalars)
 
 
@@ -132,7 +156,7 @@ class Resident:
             self.vectors[row - first : row - first + len(tile)] = tile
         pieces = self.vectors.split(ALIGN)
         self.means = torch.cat([piece.float().mean(dim=1).to(piece.dtype) for piece in pieces])
-        self.scalars = torch.cat([keys.scalars(piece) for piece in pieces], dim=2)
+        self.scalars = torch.cat([keys.scalars(piece).movedim(2, 0) for piece in pieces]).movedim(0, 2)  # a chunk's lie together
         self.mean_scalars = torch.cat([keys.scalars(piece[:, None])[..., 0] for piece in self.means.split(ALIGN)], dim=2)
 
     def tiles(self, tile_chunks: int) -> Iterator[tuple[int, Tile]]:
@@ -141,34 +165,59 @@ class Resident:
             scalars = self.scalars[:, :, rows], self.mean_scalars[:, :, rows]
             yield self.first + start, Tile(self.vectors[rows], scalars[0], self.means[rows], scalars[1])
 
-    def chosen(self, rows: Sequence[int]) -> Tile:
-        place = torch.tensor(rows, dtype=torch.int64, device=self.vectors.device) - self.first
-        return Tile(self.vectors[place], self.scalars[:, :, place])
+    def components(self, ask: Ask, keys: Keys, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Of each question for rows of its own."""
+        if form.name == "summed" and not keys.liftable:
+            return by_tile(self.tiles(ALIGN), ask, keys, form, rows)
+        places = [torch.tensor(mine, dtype=torch.int64, device=self.vectors.device) - self.first for mine in rows]
+        return components(ask, keys, form, Tile(self.vectors, self.scalars, self.means, self.mean_scalars), places)
 
 
-def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None) -> TopK:
-    """The k best of some tiles; of a mixture with the normalisers [B, C] of the whole pool."""
+def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None, rough: bool = False) -> TopK:
+    """The k best of some tiles; of a mixture with the normalisers [B, C] of the whole pool, in float32 where the scorer is `rough`."""
     if normalisers is None:
         return scoring.top_k(tiles, lambda tile: scorer(tile)[:, 0], k)
-    sums = normalisers
+    sums = normalisers.float() if rough else normalisers
     return scoring.top_k(tiles, lambda tile: scoring.log_mixture(scorer(tile), sums.to(tile.vectors.device)), k)
 
 
-def components(ask: Ask, keys: Keys, form: Form, chosen: Tile, places: Sequence[Sequence[int]]) -> list[Tensor]:
+def components(ask: Ask, keys: Keys, form: Form, chosen: Tile, places: Sequence[Tensor]) -> list[Tensor]:
     """Of each question for chunks of its own, `places` among those chosen: [C, n_b] float32."""
     pooled, scalars = chosen.vectors, chosen.scalars
     if ask.kind != "mixed" and form.name in ("exact", "head_space"):
         name = cheaper(keys, (1, *ask.queries.shape[1:]), scalars is not None) if form.name == "exact" else form.name
         layers = LayerScorer(ask.queries, keys, ask.weights, ask.kind, form=name, temperature=ask.temperature)
-        index = (torch.tensor(mine, dtype=torch.int64, device=pooled.device) for mine in places)
-        return [each.cpu() for each in layers.of_chosen((pooled[at], None if scalars is None else scalars[:, :, at]) for at in index)]
-    if form.name == "linear":  # so cheap that all are scored for all
+        mine = ((pooled[at], None if scalars is None else scalars[:, :, at]) for at in places)
+        return [each.cpu() for each in layers.of_chosen(mine)]
+    if form.name == "summed" and (scalars is None or not keys.liftable):  # keys made once for all questions
         z = ask.scorer(keys, form)(Tile(pooled)).cpu()
-        return [z[question][:, mine] for question, mine in enumerate(places)]
+        return [z[question][:, at.cpu()] for question, at in enumerate(places)]
+    if form.name != "linear":
+        chosen = Tile(pooled, scalars)
+    elif chosen.means is not None:  # it asks for no other vectors
+        chosen = chosen._replace(vectors=chosen.means, scalars=None)
     found = []
-    for question, mine in enumerate(places):
-        scorer = ask.part(question).scorer(keys, form)
-        found.append(scorer(Tile(pooled[mine]))[0].cpu() if mine else torch.empty(1, 0))
+    for question, at in enumerate(places):
+        scorer = ask.part(question).scorer(keys, form, scalars is not None)
+        parts = [scorer(chosen.rows(part))[0].cpu() for part in at.split(PART) if len(part)]
+        found.append(torch.cat(parts, dim=1) if parts else torch.empty(ask.components, 0))
+    return found
+
+
+def by_tile(tiles: Tiles, ask: Ask, keys: Keys, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The same of rows of the pool, with one tile of it in memory at a time."""
+    wanted = [torch.tensor(mine, dtype=torch.int64) for mine in rows]
+    found = [torch.empty(ask.components, len(mine)) for mine in rows]
+    for first, tile in tiles:
+        inside = [((each >= first) & (each < first + len(tile.vectors))).nonzero().flatten() for each in wanted]
+        union = torch.cat([each[at] for each, at in zip(wanted, inside, strict=True)]).unique()
+        if not len(union):
+            continue
+        device = tile.vectors.device
+        places = [torch.searchsorted(union, each[at]).to(device) for each, at in zip(wanted, inside, strict=True)]
+        parts = components(ask, keys, form, tile.rows((union - first).to(device)), places)
+        for mine, at, part in zip(found, inside, parts, strict=True):
+            mine[:, at] = part
     return found
 
 
@@ -196,7 +245,7 @@ class Tokens:
                 places = [place for place, each in enumerate(sizes) if each == size]
                 filled = torch.stack([states[place][torch.arange(size) % len(states[place])] for place in places])
                 tile = self._tile(filled.to(self._keys.projections.device), [mine[place] for place in places], ask.kind)
-                part = components(ask.part(question), self._keys, Form(), tile, [range(len(places))])[0]
+                part = components(ask.part(question), self._keys, Form(), tile, [torch.arange(len(places), device=filled.device)])[0]
                 z = z if z.numel() else part.new_empty(len(part), len(mine))
                 z[:, places] = part
             found.append(z)
@@ -215,13 +264,6 @@ class Tokens:
                     self._room -= size
                     self._scalars[rows[place]] = each.clone()
         return Tile(filled, torch.stack([each for each in known if each is not None], dim=2))
-
-
-def placed(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The rows that occur, ascending, and the place of each question's among them."""
-    union = sorted({row for mine in rows for row in mine})
-    place = {row: index for index, row in enumerate(union)}
-    return union, [[place[row] for row in mine] for mine in rows]
 
 
 class Pool(Protocol):
@@ -252,26 +294,21 @@ class Local:
         return scoring.log_normalisers(self._tiles(), ask.scorer(self.keys, form, self.in_memory))  # type: ignore[arg-type]
 
     def best(self, ask: Ask, form: Form, k: int, normalisers: Tensor | None) -> TopK:
-        return best(self._tiles(), ask.scorer(self.keys, form, self.in_memory), k, normalisers)
+        return best(self._tiles(), ask.scorer(self.keys, form, self.in_memory), k, normalisers, form.rough)
 
     def components(self, ask: Ask, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        union, places = placed(rows)
-        chosen = self._loaded().chosen(union) if self.in_memory else Tile(self._read(union).to(self.device))
-        return components(ask, self.keys, form, chosen, places)
+        if self.in_memory:
+            return self._loaded().components(ask, self.keys, form, rows)
+        union = sorted({row for mine in rows for row in mine})
+        if len(union) >= ALIGN and len(union) * MANY >= len(self):  # whole tiles take less than rows
+            return by_tile(self._tiles(), ask, self.keys, form, rows)
+        pooled, place = self.source.pooled(union).to(self.device), {row: index for index, row in enumerate(union)}
+        places = [torch.tensor([place[row] for row in mine], dtype=torch.int64, device=self.device) for mine in rows]
+        return components(ask, self.keys, form, Tile(pooled), places)
 
     def vectors(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, pooled [n, P, d]) of all rows; in memory they are of the keys' type."""
         return ((first, tile.vectors) for first, tile in self._tiles())
-
-    def _read(self, rows: Sequence[int]) -> Tensor:
-        """The pooled vectors of ascending rows. Where many are wanted, whole tiles are read rather than rows."""
-        if len(rows) < ALIGN or len(rows) * MANY < len(self):
-            return self.source.pooled(rows)
-        found = []
-        for first, tile in self.source.tiles(self.tile_chunks):
-            mine = rows[bisect.bisect_left(rows, first) : bisect.bisect_left(rows, first + len(tile))]
-            found.append(tile[torch.tensor(mine, dtype=torch.int64) - first])
-        return torch.cat(found)
 
     def _loaded(self) -> Resident:
         if self._resident is None:

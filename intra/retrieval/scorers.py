@@ -349,11 +349,50 @@ class Linear:
         if scalars is not None and self._lifted is not None:
             parts = (means @ self._lifted).unflatten(1, (self.questions, *scalars.shape[:2]))  # [N, B, L, G]
             layers = (parts * scalars.permute(2, 0, 1)[:, None]).sum(dim=3, dtype=torch.float32)  # [N, B, L]
-            return (layers if self.components > 1 else layers.sum(dim=2, keepdim=True)).permute(1, 2, 0)
+            return (layers if self.components > 1 else layers.sum(dim=2, keepdim=True)).permute(1, 2, 0).contiguous()
         total = torch.zeros(self.components, len(means), self.questions, device=means.device)
         for layer, columns in enumerate(self._columns):
             total[layer if self.components > 1 else 0] += self.keys.normed(means, layer).flatten(1) @ columns
-        return total.permute(2, 0, 1)
+        return total.permute(2, 0, 1).contiguous()  # sums over chunks take a third of the time then
+
+
+class Summed:
+    """A stand-in for the components of `per_head` and `mixture` with a query vector a head: sum_r q_r, against every vector of a chunk.
+
+    As the tokens of a head mostly agree about a chunk's best vector, far closer than `Linear`, and R times cheaper than the exact score.
+    In the hidden space (as `reverse`), for few questions and chunks of their own; in head space it is `LayerScorer` of `summed` queries.
+    """
+
+    def __init__(self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, temperature: float = 1.0) -> None:
+        """`summed` queries [B, L, H, 1, e] and weights [L, H]. Raises UserError for a scoring it does not serve, ValueError for keys that
+        are not `liftable`."""
+        refuse("summed", kind)
+        if not keys.liftable:
+            raise ValueError("these keys cannot be compared in the hidden space")
+        layers, heads = weights.shape
+        grouped = (queries.detach()[:, :, :, 0] * keys.gains[None, :, None]).unflatten(2, (keys.groups, -1))  # [B, L, G, s, e]
+        lifted = torch.einsum("blgse,lged->blgsd", grouped, keys.projections.unflatten(1, (keys.groups, -1)))
+        self._shape = (len(queries), layers, keys.groups, heads // keys.groups)
+        self._columns = lifted.flatten(0, 3).T.contiguous()  # [d, B * L * G * s]
+        self._factors = (weights.detach().float().to(queries.device) * (keys.scaling / temperature)).view(self._shape[1:])
+        self.components = layers if kind == "mixture" else 1
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def __call__(self, pooled: Tensor, scalars: Tensor) -> Tensor:
+        """pooled [N, P, d], scalars [L, G, N, P] -> [B, C, N] float32."""
+        step = _step(pooled.shape[1], self._columns.shape[1], len(pooled), pooled.is_cuda)
+        factors = scalars.permute(2, 3, 0, 1)[:, :, None, :, :, None]
+        parts = []
+        for vectors, factor in zip(pooled.split(step), factors.split(step), strict=True):
+            products = (vectors.flatten(0, 1) @ self._columns).view(*vectors.shape[:2], *self._shape).mul_(factor)
+            parts.append((products.amax(dim=1) * self._factors).sum(dim=(3, 4)))  # [n, B, L]
+        layers = torch.cat(parts)
+        return (layers if self.components > 1 else layers.sum(dim=2, keepdim=True)).permute(1, 2, 0)
+
+
+def summed(queries: Tensor) -> Tensor:
+    """[B, L, H, R, e] -> [B, L, H, 1, e]: what stands for all tokens of a head in `Summed`."""
+    return queries.float().sum(dim=3, keepdim=True).to(queries.dtype)
 
 
 def _step(length: int, width: int, count: int, cuda: bool) -> int:

@@ -202,8 +202,16 @@ class TopK:
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self.scores = torch.empty(0)
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self._best = torch.empty(0), torch.empty(0, dtype=torch.int64)  # in order
+        self._new: list[tuple[Tensor, Tensor]] = []  # not yet
+
+    @property
+    def scores(self) -> Tensor:
+        return self._ordered()[0]
+
+    @property
+    def rows(self) -> Tensor:
+        return self._ordered()[1]
 
     def add(self, scores: Tensor, first_row: int) -> None:
         """scores [B, n] of chunks first_row .. first_row + n - 1. Raises WorkflowError for a score that is not a number."""
@@ -212,31 +220,35 @@ class TopK:
             raise WorkflowError(f"a score of the chunks in rows {first_row} to {last} is not a number; check the backbone and the store")
         scores = scores.float().cpu()
         rows = torch.arange(first_row, first_row + scores.shape[1]).expand(len(scores), -1)
-        if self.scores.numel() and self.scores.shape[1] == self.k:
+        best = self._best[0]
+        if best.numel() and best.shape[1] == self.k:
             # Of a tile only what beats the k-th counts: an equal score of a higher row does not. Mostly that is next to nothing.
-            most = int((scores > self.scores[:, -1:]).sum(dim=1).max())
+            most = int((scores > best[:, -1:]).sum(dim=1).max())
             if most == 0:
                 return
             if most < scores.shape[1] // 2:
                 place = torch.topk(scores, most, dim=1).indices.sort(dim=1).values
                 scores, rows = scores.gather(1, place), rows.gather(1, place)
-        if self.scores.numel():
-            scores, rows = torch.cat([self.scores, scores], dim=1), torch.cat([self.rows, rows], dim=1)
-        # torch.topk orders equal scores at will; a stable sort keeps the lower row, which is the lower chunk id, first.
-        scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
-        self.scores, self.rows = scores[:, : self.k].clone(), rows.gather(1, order[:, : self.k])
+        self._new.append((scores, rows))
+        if sum(each.shape[1] for each, _ in self._new) >= self.k:
+            self._ordered()
 
     def merge(self, other: TopK) -> None:
         """Takes in the best of another part of the pool, whose rows all lie above these."""
-        if not self.scores.numel():
-            self.scores, self.rows = other.scores, other.rows
-        elif other.scores.numel():
-            scores, rows = torch.cat([self.scores, other.scores], dim=1), torch.cat([self.rows, other.rows], dim=1)
-            scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
-            self.scores, self.rows = scores[:, : self.k].clone(), rows.gather(1, order[:, : self.k])
+        if other.scores.numel():
+            self._new.append((other.scores, other.rows))
 
     def pairs(self) -> list[Scored]:
         return [list(zip(row, score, strict=True)) for score, row in zip(self.scores.tolist(), self.rows.tolist(), strict=True)]
+
+    def _ordered(self) -> tuple[Tensor, Tensor]:
+        if self._new:
+            held = [self._best, *self._new] if self._best[0].numel() else self._new
+            scores, rows = (torch.cat(each, dim=1) for each in zip(*held, strict=True))
+            # torch.topk orders equal scores at will; a stable sort keeps the lower row, which is the lower chunk id, first.
+            scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
+            self._best, self._new = (scores[:, : self.k].clone(), rows.gather(1, order[:, : self.k])), []
+        return self._best
 
 
 def top_k(tiles: Iterable[tuple[int, Tensor]], scorer: Callable[[Tensor], Tensor], k: int) -> TopK:

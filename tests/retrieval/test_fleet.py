@@ -156,12 +156,15 @@ def test_parts_workers_and_deaths_change_no_ranking(
     truth = {}
     for ask in asks:
         local = Local(vectors, Keys.of(backbone), 2048, "cpu")
-        truth[ask.kind] = (intrinsic.exact(local, ask, 50, Form("head_space")), intrinsic.approximate(local, ask, 50, Form("linear"), 100))
+        truth[ask.kind] = (
+            intrinsic.exact(local, ask, 50, Form("head_space")),
+            intrinsic.approximate(local, ask, 50, Form("linear"), 100, 600),
+        )
 
     def same(pool: Fleet, ask: Ask) -> None:
         exact, approximate = truth[ask.kind]
         assert intrinsic.exact(pool, ask, 50, Form("head_space")).pairs == exact.pairs  # to the bit
-        found = intrinsic.approximate(pool, ask, 50, Form("linear"), 100)
+        found = intrinsic.approximate(pool, ask, 50, Form("linear"), 100, 600)
         assert [[row for row, _ in each] for each in found.pairs] == [[row for row, _ in each] for each in approximate.pairs]
 
     def dies_at_work(victim: object) -> pytest.MonkeyPatch:

@@ -95,6 +95,48 @@ def test_candidates_are_ordered_by_their_exact_scores(
     )  # random vectors: nothing for linear to hold on to
 
 
+@layerwise
+def test_one_query_a_head_finds_what_the_scan_alone_would_miss(kind: str, big: Big, backbone: Backbone, ask: Ask) -> None:
+    """Tokens of a head that ask nearly the same, as trained ones do."""
+    spread = ask.queries - ask.queries.mean(dim=3, keepdim=True)
+    ask = replace(ask, kind=kind, queries=ask.queries.mean(dim=3, keepdim=True) + 0.2 * spread)
+    streamed = local(big, backbone)
+    truth = intrinsic.exact(streamed, ask, 20)
+
+    def found(pool: Local, coarse: int) -> list[Scored]:
+        return intrinsic.approximate(pool, ask, 20, intrinsic.cascade(pool, coarse), 60, coarse).pairs
+
+    alone = intrinsic.recall(truth.pairs, intrinsic.approximate(streamed, ask, 20, Form("linear"), 60).pairs)
+    assert alone < 0.7
+    wide = found(streamed, 1500)
+    assert intrinsic.recall(truth.pairs, wide) > max(0.9, alone)
+    assert intrinsic.recall(truth.pairs, found(streamed, 2500)) > 0.97  # all by it: no scan before
+    for pool in (local(big, backbone, 2048), local(big, backbone, in_memory=True), local(big, backbone, 2048, in_memory=True)):
+        assert rows(found(pool, 1500)) == rows(wide)
+    alone_asked = [intrinsic.approximate(streamed, ask.part(each), 20, Form("linear"), 60, 1500).pairs[0] for each in range(len(ask))]
+    assert rows(alone_asked) == rows(wide)
+
+
+@pytest.mark.parametrize("form", ["exact", "head_space", "linear", "summed", "int8"])
+@layerwise
+def test_rows_and_whole_tiles_give_the_same_components(
+    kind: str, form: str, big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, generator = replace(ask, kind=kind), torch.Generator().manual_seed(6)
+    asked = [torch.randperm(2500, generator=generator)[:1200].tolist(), [], [2499, 0, 7]]
+    found = []
+    for many in (0, 32):  # rows, then tiles
+        monkeypatch.setattr(pools, "MANY", many)
+        for in_memory in (False, True):
+            found.append(local(big, backbone, in_memory=in_memory).components(ask, Form(form), asked))
+            assert [each.shape for each in found[-1]] == [(ask.components, len(mine)) for mine in asked]
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    if form not in ("int8", "linear"):
+        assert all(torch.equal(one, two) for one, two in zip(found[0], found[2], strict=True))  # to the bit, both streamed
+
+
 def test_fewer_candidates_than_k_still_give_k(big: Big, backbone: Backbone, ask: Ask) -> None:
     assert all(len(each) == 30 for each in intrinsic.approximate(local(big, backbone), ask, 30, Form("int8"), 5).pairs)
 
@@ -129,7 +171,14 @@ def test_a_scorer_that_keeps_too_little_gives_way_and_says_so(
 
 
 @layerwise
-@pytest.mark.parametrize("changes", [{"scorer": "cascade", "candidates": 25}, {"scorer": "int8", "candidates": 25, "heads": 0.6}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scorer": "cascade", "candidates": 25},
+        {"scorer": "cascade", "candidates": 25, "coarse_candidates": 300},
+        {"scorer": "int8", "candidates": 25, "heads": 0.6},
+    ],
+)
 @pytest.mark.parametrize("recall", [0.0, 1.0])
 def test_no_batch_changes_a_ranking_and_the_first_questions_have_the_exact_one(
     kind: str, changes: dict[str, Any], recall: float, big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
@@ -212,13 +261,14 @@ def test_a_scorer_that_keeps_enough_is_checked_on_the_first_questions_alone(
     big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intrinsic, "CHECKED", 6)
-    searcher = Searcher(local(big, backbone), SearchConfig(scorer="cascade", candidates=20, recall=0.0))
-    reads = []
-    for _ in range(4):
-        before = big.tile_reads
-        searcher.find(ask, 20)
-        reads.append(big.tile_reads - before)
-    assert reads == [1, 2, 1, 1]  # the exact one, once with the scan that it checks, then the scan alone
+    for coarse, expected in ((2500, [1, 2, 1, 1]), (2499, [1, 3, 2, 2])):  # the exact one, once with the scan that it checks, then the scan
+        searcher = Searcher(local(big, backbone), SearchConfig(scorer="cascade", candidates=20, recall=0.0, coarse_candidates=coarse))
+        reads = []
+        for _ in range(4):
+            before = big.tile_reads
+            searcher.find(ask, 20)
+            reads.append(big.tile_reads - before)
+        assert reads == expected  # of so large a share of the pool what the scan keeps is read in whole tiles as well
 
 
 def test_pruned_heads_scan_and_all_heads_rank(big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +311,8 @@ def test_in_bfloat16_neither_memory_nor_the_batch_changes_a_ranking(kind: str, b
     for search_by in (
         lambda pool, part: intrinsic.exact(pool, part, 20),
         lambda pool, part: intrinsic.approximate(pool, part, 20, Form("linear"), 40),
+        lambda pool, part: intrinsic.approximate(pool, part, 20, Form("linear"), 40, 400),
+        lambda pool, part: intrinsic.approximate(pool, part, 20, Form("summed"), 40),
     ):
         found = [rows(search_by(pool, ask).pairs) for pool in pools_]
         found += [[mine for each in range(len(ask)) for mine in rows(search_by(pool, ask.part(each)).pairs)] for pool in pools_]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from intra.backbone.model import Backbone
 from intra.errors import UserError
 from intra.retrieval import scorers
-from intra.retrieval.scorers import Keys, LayerScorer, Linear
+from intra.retrieval.scorers import Keys, LayerScorer, Linear, Summed, summed
 
 from .conftest import MemoryStore
 from .test_scoring import naive
@@ -161,6 +163,21 @@ def test_linear_with_means_and_scalars_at_hand_makes_no_keys(
 
 
 @each_kind
+def test_summed_is_the_exact_score_of_one_query_a_head(
+    kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact, too, where all tokens of a head ask the same."""
+    mine, scalars = summed(queries), keys.scalars(store.vectors)
+    assert mine.shape == (*queries.shape[:3], 1, queries.shape[4])
+    found = Summed(mine, keys, weights, kind, temperature=0.5)(store.vectors, scalars)
+    torch.testing.assert_close(found, LayerScorer(mine, keys, weights, kind, temperature=0.5)(store.vectors), rtol=1e-5, atol=1e-4)
+    alike = queries[:, :, :, :1].expand_as(queries)
+    exact = LayerScorer(alike, keys, weights, kind)(store.vectors)
+    monkeypatch.setattr(scorers, "PRODUCT", 200)
+    torch.testing.assert_close(Summed(summed(alike), keys, weights, kind)(store.vectors, scalars), exact, rtol=1e-5, atol=1e-4)
+
+
+@each_kind
 def test_chosen_chunks_have_the_bits_they_have_in_a_tile(
     kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor
 ) -> None:
@@ -177,5 +194,9 @@ def test_what_a_form_does_not_serve_is_refused(keys: Keys, queries: Tensor, weig
         LayerScorer(queries, keys, weights, "mixed", form="int8")
     with pytest.raises(UserError, match="linear does not serve"):
         Linear(queries, keys, weights, "mixed")
+    with pytest.raises(UserError, match="summed does not serve"):
+        Summed(summed(queries), keys, weights, "mixed")
+    with pytest.raises(ValueError, match="cannot be compared in the hidden space"):
+        Summed(summed(queries), replace(keys, projections=keys.projections.bfloat16()), weights, "per_head")
     with pytest.raises(ValueError, match="scorer 'sum'"):
         LayerScorer(queries, keys, weights, "per_head", form="sum")

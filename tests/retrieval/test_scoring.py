@@ -145,6 +145,24 @@ def test_equal_scores_stay_in_the_order_of_rows(tile: int) -> None:
     assert best.scores.tolist() == [[2, 1, 1, 1], [5, 5, 5, 5]]
 
 
+@pytest.mark.parametrize("k", [1, 7, 60, 500])
+def test_top_k_of_many_tiles_is_that_of_all_in_one(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 40, (3, 400), generator=generator).float()  # each many times
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    for tile in (1, 9, 128):
+        best = TopK(k)
+        for first in range(0, 400, tile):
+            best.add(scores[:, first : first + tile], first)
+        assert torch.equal(best.rows, expected.indices[:, :k])
+        assert torch.equal(best.scores, expected.values[:, :k])
+    halves = TopK(k), TopK(k)
+    for half, first in zip(halves, (0, 150), strict=True):
+        half.add(scores[:, first : 150 if first == 0 else 400], first)
+    halves[0].merge(halves[1])
+    assert torch.equal(halves[0].rows, expected.indices[:, :k])
+
+
 def test_top_k_holds_no_more_than_k_and_gives_what_there_is() -> None:
     best = TopK(3)
     best.add(torch.tensor([[1.0, 2.0]]), 0)
