@@ -233,7 +233,7 @@ class SearchConfig(Section):
         "exact", description="exact: head_space or reverse, by the batch; int8, cascade: a scan, then exact; auto: by the pool"
     )
     candidates: int = Field(200, ge=1, description="chunks a question that int8 and cascade score exactly")
-    coarse_candidates: int = Field(8000, ge=1, description="chunks a question of which cascade's one query a head chooses them")
+    coarse_candidates: int = Field(4000, ge=1, description="chunks a question of which cascade's one query a head chooses them")
     heads: float = Field(1.0, gt=0, le=1, description="share of the heads' |alpha| times spread, squared, that int8 scans by")
     recall: float = Field(0.99, ge=0, le=1, description="of the exact top k, what int8 and cascade must keep, or exact follows")
     rescore: int = Field(0, ge=0, description="the best so many by their pooled vectors are scored again by all their token states")

@@ -250,10 +250,10 @@ def _recalls(
     kept = {depth: {5: 0.0, TOP: 0.0} for depth in depths}
     count = sum(map(len, asks))
     for ask, exact in zip(tqdm(asks, desc=name, unit="batch", disable=None), truth, strict=True):
-        rows, sums = intrinsic.scanned(pool, ask, form, max(TOP, *depths, coarse if form.name == "linear" else 0))
+        scan = intrinsic.scanned(pool, ask, form, max(TOP, *depths, coarse if form.name == "linear" else 0))
         for depth in depths:
-            mine = rows if form.name == "linear" else rows[:, : max(TOP, depth)]
-            found = intrinsic.followed(pool, ask, TOP, form, mine, sums, depth).pairs
+            mine = scan if form.name == "linear" else scan._replace(rows=scan.rows[:, : max(TOP, depth)])
+            found = intrinsic.followed(pool, mine, TOP, form, depth).pairs
             for k in kept[depth]:
                 share = intrinsic.recall([mine[:k] for mine in exact], [mine[:k] for mine in found])
                 kept[depth][k] += len(ask) * share / count

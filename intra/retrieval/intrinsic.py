@@ -4,7 +4,8 @@
     exact        head_space or, in float32, where both rank alike, reverse: whichever takes fewer operations (`pools.cheaper`); the default
     int8         a scan in integers; its best `candidates` a question are scored again, exactly. With `heads` below 1 it leaves out the
                  heads that weigh least (`scorers.strongest`, on the first CHECKED questions and the pool's first chunks)
-    cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`); its best
+    cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`), fitted to the exact
+                 scores of SAMPLE chunks; its best
                  `coarse_candidates` a question by one query vector a head (`scorers.Summed`), a smaller pool by that alone; of these the
                  best `candidates` exactly
     auto         exact for `mixed` (it is cheap) and for pools of fewer than AUTO_CHUNKS times `candidates` chunks; else cascade
@@ -14,8 +15,8 @@ The first CHECKED questions are searched exactly. An approximate scorer is compa
 it: where it keeps less than `recall` of the exact ranking the exact one takes over for the other questions, and a line says so. Neither
 the batches in which questions come nor the device changes what is chosen.
 
-A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, `corrected` by the
-candidates' exact components.
+A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, in which the candidates' exact
+components are `exchanged` for the rough ones; of a cascade's scan they are made level on a sample of the chunks before.
 
 `retriever.search.rescore` scores the best so many of these (at least as many as are asked for) again, by the keys of all their token states
 instead of the pooled vectors: what the decoder's own attention compares its queries with. The normalisers are `corrected` by them in
@@ -27,8 +28,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +42,13 @@ from intra.retrieval.scoring import Scored
 if TYPE_CHECKING:
     from intra.config import SearchConfig
 
+SAMPLE = 512  # chunks on which a rough scan is made level with the exact scores
+RIDGE = 1e-3  # of a feature's variance
+FLAT = 1e-12
 CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
 AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
 _SCANS = ("cascade", "int8")
+Mover = Callable[[Tensor, Tensor, Tensor], Tensor]  # `corrected`, `exchanged`
 Rescorer = Callable[[Ask, Sequence[Sequence[int]]], list[Tensor]]  # `pools.Tokens`: components of each question for rows of its own
 
 
@@ -63,8 +68,8 @@ def exact(pool: Pool, ask: Ask, k: int, form: Form | None = None) -> Found:
 def approximate(pool: Pool, ask: Ask, k: int, form: Form, candidates: int, coarse: int = 0) -> Found:
     """The best `candidates` (k at least) of a scan in `form`, ordered by their exact scores; of a `linear` one those that `summed` queries
     choose of its best `coarse`."""
-    rows, sums = scanned(pool, ask, form, max(k, candidates, coarse if form.name == "linear" else 0))
-    return followed(pool, ask, k, form, rows, sums, candidates)
+    scan = scanned(pool, ask, form, max(k, candidates, coarse if form.name == "linear" else 0))
+    return followed(pool, scan, k, form, candidates)
 
 
 def cascade(pool: Pool, coarse: int) -> Form:
@@ -72,44 +77,87 @@ def cascade(pool: Pool, coarse: int) -> Form:
     return Form("linear" if len(pool) > coarse else "summed")
 
 
-def scanned(pool: Pool, ask: Ask, form: Form, count: int) -> tuple[Tensor, Tensor | None]:
-    """The first half of `approximate`: the best rows of each question in `form`, int64 [B, count at most], and a mixture's normalisers by
-    it, [B, C]."""
-    sums = pool.log_sums(ask, form) if ask.kind == "mixture" else None
-    return pool.best(ask, form, count, sums).rows, sums
+class Scan(NamedTuple):
+    """The first half of `approximate`."""
+
+    ask: Ask  # with its `fit`
+    rows: Tensor  # int64 [B, m], best first
+    offset: Tensor  # [B, C] float64, what makes the scan's components level with the exact ones
+    sums: Tensor | None  # normalisers of a mixture, [B, C], level
 
 
-def followed(pool: Pool, ask: Ask, k: int, form: Form, rows: Tensor, sums: Tensor | None, candidates: int) -> Found:
-    """The second half: the best k of these rows by their exact scores."""
-    exactly = functools.partial(_components, pool, Form())
+def scanned(pool: Pool, ask: Ask, form: Form, count: int) -> Scan:
+    """The best rows of each question in `form`, `count` at most."""
+    ask, offset = sampled(pool, ask, form) if form.rough else (ask, torch.zeros(len(ask), ask.components, dtype=torch.float64))
+    if ask.kind != "mixture":
+        return Scan(ask, pool.best(ask, form, count, None).rows, offset, None)
+    sums = pool.log_sums(ask, form)
+    return Scan(ask, pool.best(ask, form, count, sums).rows, offset, scoring.rounded(sums.cpu() + offset))
+
+
+def sampled(pool: Pool, ask: Ask, form: Form) -> tuple[Ask, Tensor]:
+    """On SAMPLE chunks, evenly spaced: the question with its `fit` for a linear form, by least squares, and by what the form's sum of
+    exponentials lies below the exact components', log, [B, C] float64."""
+    rows = [(torch.arange(min(SAMPLE, len(pool))) * len(pool) // min(SAMPLE, len(pool))).tolist()] * len(ask)
+
+    def read(asked: Ask, which: Form) -> Tensor:
+        return torch.stack(pool.components(asked, which, rows)).double()  # [B, C, m]
+
+    true = read(ask, Form())
+    if form.name == "linear":
+        spreads = read(replace(ask, fit=torch.tensor([0.0, 1.0, 0.0]).expand(len(ask), ask.components, 3)), form)
+        ask = replace(ask, fit=_least_squares(torch.stack([read(ask, form), spreads], dim=3), true).float())
+    return ask, torch.logsumexp(true, dim=2) - torch.logsumexp(read(ask, form), dim=2)
+
+
+def _least_squares(features: Tensor, wanted: Tensor) -> Tensor:
+    """Coefficients [B, C, f + 1], the level last, of features [B, C, m, f] for what is wanted, [B, C, m]; all float64. A feature that
+    does not vary gets none."""
+    means, scales = features.mean(dim=2), features.std(dim=2, correction=0).clamp(min=FLAT)
+    standard = (features - means[:, :, None]) / scales[:, :, None]
+    level = wanted.mean(dim=2)
+    squares = standard.transpose(2, 3) @ standard + RIDGE * features.shape[2] * torch.eye(features.shape[3], dtype=features.dtype)
+    slopes = torch.linalg.solve(squares, standard.transpose(2, 3) @ (wanted - level[:, :, None])[..., None])[..., 0] / scales
+    return torch.cat([slopes, (level - (slopes * means).sum(dim=2))[..., None]], dim=2)
+
+
+def followed(pool: Pool, scan: Scan, k: int, form: Form, candidates: int) -> Found:
+    """The second half: the best k by their exact scores."""
+    ask, rows, offset, sums = scan
     if form.name == "linear" and rows.shape[1] > max(k, candidates):
-        linear, one_query = functools.partial(_components, pool, form), functools.partial(_components, pool, Form("summed"))
-        rows, _, sums = _again(ask, rows, max(k, candidates), sums, candidates, linear, one_query)
-        form = Form("summed")
-    return again(ask, rows, k, sums, candidates, functools.partial(_components, pool, form), exactly)
+        z = torch.stack(pool.components(ask, Form("summed"), rows.tolist()))
+        rows, _ = _best(rows, _scores(z, sums), max(k, candidates))
+
+    def level(asked: Ask, mine: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [each + moved[:, None] for each, moved in zip(pool.components(asked, form, mine), offset, strict=True)]
+
+    return again(ask, rows, k, sums, rows.shape[1], level, functools.partial(_components, pool, Form()), exchanged)
 
 
-def again(ask: Ask, rows: Tensor, k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer) -> Found:
-    """The best k of `rows` [B, m] by their `true` components. `sums`: normalisers of a mixture by the `rough` ones, which the first `depth`
-    rows correct: of as many as any k gives."""
-    best, scores, normalisers = _again(ask, rows, k, sums, depth, rough, true)
+def again(
+    ask: Ask, rows: Tensor, k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer, move: Mover | None = None
+) -> Found:  # fmt: skip
+    """The best k of `rows` [B, m] by their `true` components. `sums`: normalisers of a mixture by the `rough` ones, which `move`
+    (`corrected` where None) brings nearer by the first `depth` rows: as many as any k gives."""
+    z = torch.stack(true(ask, rows.tolist()))  # [B, C, m]
+    normalisers = None
+    if sums is not None:
+        own = torch.stack(rough(ask, rows[:, :depth].tolist()))
+        normalisers = (move or corrected)(sums.cpu(), own, z[:, :, :depth])
+    best, scores = _best(rows, _scores(z, normalisers), k)
     pairs = [list(zip(mine, each, strict=True)) for mine, each in zip(best.tolist(), scores.tolist(), strict=True)]
     return Found(pairs, normalisers)
 
 
-def _again(
-    ask: Ask, rows: Tensor, k: int, sums: Tensor | None, depth: int, rough: Rescorer, true: Rescorer
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    z = torch.stack(true(ask, rows.tolist()))  # [B, C, m]
-    if sums is None:
-        scores, normalisers = z[:, 0], None
-    else:
-        own = torch.stack(rough(ask, rows[:, :depth].tolist()))
-        normalisers = corrected(sums.cpu(), own, z[:, :, :depth])
-        scores = scoring.log_mixture(z, normalisers).float()
-    upwards, place = rows.sort(dim=1)  # of equal scores the lower row first
+def _scores(z: Tensor, normalisers: Tensor | None) -> Tensor:
+    return z[:, 0] if normalisers is None else scoring.log_mixture(z, normalisers.cpu()).float()
+
+
+def _best(rows: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best rows of each question and their scores; of equal ones the lower row first."""
+    upwards, place = rows.sort(dim=1)
     scores, order = scores.gather(1, place).sort(dim=1, descending=True, stable=True)
-    return upwards.gather(1, order[:, :k]), scores[:, :k], normalisers
+    return upwards.gather(1, order[:, :k]), scores[:, :k]
 
 
 def _components(pool: Pool, form: Form, ask: Ask, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -117,11 +165,15 @@ def _components(pool: Pool, form: Form, ask: Ask, rows: Sequence[Sequence[int]])
 
 
 def corrected(sums: Tensor, rough: Tensor, true: Tensor) -> Tensor:
-    """Normalisers [B, C] of a scan, moved by what its candidates' sum moves from their rough components [B, C, m] to the true ones.
-
-    So a scan may be off by a constant of each question and component, as one without the maximum over a chunk's vectors is.
-    """
+    """Normalisers [B, C] of a scan, moved by what its candidates' sum moves from their rough components [B, C, m] to the true ones: as if
+    all other chunks' did the same."""
     return scoring.rounded(sums + torch.logsumexp(true.double(), dim=2) - torch.logsumexp(rough.double(), dim=2))
+
+
+def exchanged(sums: Tensor, rough: Tensor, true: Tensor) -> Tensor:
+    """The same where the other chunks are right as they are, in sum: the candidates' rough components give way to the true ones."""
+    share = torch.exp(torch.logsumexp(rough.double(), dim=2) - sums).clamp(max=1.0)
+    return scoring.rounded(torch.logaddexp(sums + torch.log1p(-share), torch.logsumexp(true.double(), dim=2)))
 
 
 def recall(exact_pairs: Sequence[Scored], pairs: Sequence[Scored]) -> float:

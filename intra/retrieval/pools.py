@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from intra.retrieval import scoring
-from intra.retrieval.scorers import ALIGN, PART, Keys, LayerScorer, Linear, Summed, refuse, summed
+from intra.retrieval.scorers import ALIGN, PART, Keys, LayerScorer, Linear, Summed, middle, refuse, summed
 from intra.retrieval.scoring import TopK
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     scalars: Tensor | None = None  # [L, G, n, P], of `Keys.scalars`
     means: Tensor | None = None  # [n, d] of the vectors
     mean_scalars: Tensor | None = None  # [L, G, n]
+    spreads: Tensor | None = None  # [n], of `scorers.middle`
 
     def rows(self, at: Tensor) -> Tile:
         """The chunks at these places."""
@@ -47,6 +48,7 @@ class Tile(NamedTuple):
             else scalars.movedim(2, 0).index_select(0, at).movedim(0, 2),  # where a chunk's lie together they are read together
             None if means is None else means[at],
             None if self.mean_scalars is None else self.mean_scalars[:, :, at],
+            None if self.spreads is None else self.spreads[at],
         )
 
 
@@ -74,6 +76,7 @@ class Ask:
     queries: Tensor  # [B, L, H, R, e]; of `mixed` its vectors [B, R, d]
     weights: Tensor  # [L, H]
     temperature: float
+    fit: Tensor | None = None  # [B, C, 3] of a linear form, `scorers.Linear`
 
     @classmethod
     def of(cls, retriever: Retriever, queries: Tensor, backbone: Backbone) -> Ask:
@@ -91,7 +94,8 @@ class Ask:
 
     def part(self, first: int, count: int = 1) -> Ask:
         """So many of the questions."""
-        return replace(self, queries=self.queries[first : first + count])
+        fit = None if self.fit is None else self.fit[first : first + count]
+        return replace(self, queries=self.queries[first : first + count], fit=fit)
 
     @classmethod
     def joined(cls, asks: Sequence[Ask]) -> Ask:
@@ -101,7 +105,8 @@ class Ask:
         return replace(asks[0], queries=torch.cat(padded))
 
     def to(self, device: torch.device | str) -> Ask:
-        return replace(self, queries=self.queries.to(device), weights=self.weights.to(device))
+        fit = None if self.fit is None else self.fit.to(device)
+        return replace(self, queries=self.queries.to(device), weights=self.weights.to(device), fit=fit)
 
     def scorer(self, keys: Keys, form: Form, scalars: bool = False) -> Scorer:
         """`scalars`: whether the tiles bring them. Raises UserError where the form does not serve the scoring."""
@@ -111,8 +116,8 @@ class Ask:
             vectors = scoring.mixed_scorer(self.queries, keys.scaling / self.temperature)
             return lambda tile: vectors(tile.vectors)
         if form.name == "linear":
-            linear = Linear(self.queries, keys, self.weights, self.kind, temperature=self.temperature)
-            return lambda tile: linear(tile.vectors, tile.means, tile.mean_scalars)
+            linear = Linear(self.queries, keys, self.weights, self.kind, temperature=self.temperature, fit=self.fit)
+            return lambda tile: linear(tile.vectors, tile.means, tile.mean_scalars, tile.spreads)
         queries = summed(self.queries) if form.name == "summed" else self.queries
         name = cheaper(keys, queries.shape, scalars) if form.name in ("exact", "summed") else form.name
         if form.name == "summed" and name == "reverse":
@@ -155,7 +160,7 @@ class Resident:
                 self.vectors = torch.empty(count, *tile.shape[1:], dtype=keys.projections.dtype, device=device)
             self.vectors[row - first : row - first + len(tile)] = tile
         pieces = self.vectors.split(ALIGN)
-        self.means = torch.cat([piece.float().mean(dim=1).to(piece.dtype) for piece in pieces])
+        self.means, self.spreads = (torch.cat(each) for each in zip(*(middle(piece, piece.dtype) for piece in pieces), strict=True))
         self.scalars = torch.cat([keys.scalars(piece).movedim(2, 0) for piece in pieces]).movedim(0, 2)  # a chunk's lie together
         self.mean_scalars = torch.cat([keys.scalars(piece[:, None])[..., 0] for piece in self.means.split(ALIGN)], dim=2)
 
@@ -163,14 +168,14 @@ class Resident:
         for start in range(0, len(self.vectors), tile_chunks):
             rows = slice(start, start + tile_chunks)
             scalars = self.scalars[:, :, rows], self.mean_scalars[:, :, rows]
-            yield self.first + start, Tile(self.vectors[rows], scalars[0], self.means[rows], scalars[1])
+            yield self.first + start, Tile(self.vectors[rows], scalars[0], self.means[rows], scalars[1], self.spreads[rows])
 
     def components(self, ask: Ask, keys: Keys, form: Form, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Of each question for rows of its own."""
         if form.name == "summed" and not keys.liftable:
             return by_tile(self.tiles(ALIGN), ask, keys, form, rows)
         places = [torch.tensor(mine, dtype=torch.int64, device=self.vectors.device) - self.first for mine in rows]
-        return components(ask, keys, form, Tile(self.vectors, self.scalars, self.means, self.mean_scalars), places)
+        return components(ask, keys, form, Tile(self.vectors, self.scalars, self.means, self.mean_scalars, self.spreads), places)
 
 
 def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None, rough: bool = False) -> TopK:
@@ -184,6 +189,9 @@ def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None, rough
 def components(ask: Ask, keys: Keys, form: Form, chosen: Tile, places: Sequence[Tensor]) -> list[Tensor]:
     """Of each question for chunks of its own, `places` among those chosen: [C, n_b] float32."""
     pooled, scalars = chosen.vectors, chosen.scalars
+    if ask.kind != "mixed" and form.name in ("exact", "head_space") and all(torch.equal(at, places[0]) for at in places[1:]):
+        z = ask.scorer(keys, form, scalars is not None)(chosen.rows(places[0])).cpu()  # one product for all questions
+        return list(z) if len(places[0]) else [torch.empty(ask.components, 0) for _ in places]
     if ask.kind != "mixed" and form.name in ("exact", "head_space"):
         name = cheaper(keys, (1, *ask.queries.shape[1:]), scalars is not None) if form.name == "exact" else form.name
         layers = LayerScorer(ask.queries, keys, ask.weights, ask.kind, form=name, temperature=ask.temperature)

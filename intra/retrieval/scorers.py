@@ -316,21 +316,28 @@ def strongest(queries: Tensor, keys: Keys, weights: Tensor, pooled: Tensor, shar
 
 
 class Linear:
-    """A cheap stand-in for the components of `per_head` and `mixture`: of a chunk only the mean of its vectors.
+    """A cheap stand-in for the components of `per_head` and `mixture`: of a chunk only the mean of its vectors and their spread about it.
 
-    With one vector a chunk there is no maximum, so tokens and heads sum into one query vector for each layer and key-value head: what is
-    left is the keys of one vector a chunk instead of P, and H R / G times fewer products for each. Where means and their scalars are kept
-    in memory, no key is made for few questions: the query vectors are carried into the hidden space, as `reverse` does, where the keys are
-    `liftable`.
+        a_c z_c(mean) + b_c spread + c_c            a, b, c of each question and component: `fit` (1, 0, 0 where there is none)
+
+    The maximum over a chunk's vectors, which the mean leaves out, lies the higher the wider they are spread. With one vector a chunk
+    there is no maximum, so tokens and heads sum into one query vector for each layer and key-value head: what is left is the keys of one
+    vector a chunk instead of P, and H R / G times fewer products for each. Where means and their scalars are kept in memory, no key is
+    made for few questions: the query vectors are carried into the hidden space, as `reverse` does, where the keys are `liftable`.
     """
 
-    def __init__(self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, temperature: float = 1.0) -> None:
-        """Raises UserError for a scoring it does not serve."""
+    def __init__(
+        self, queries: Tensor, keys: Keys, weights: Tensor, kind: str, *, temperature: float = 1.0, fit: Tensor | None = None
+    ) -> None:
+        """`fit` [B, C, 3]. Raises UserError for a scoring it does not serve."""
         refuse("linear", kind)
         self.keys = keys
         layers, (width, hidden) = queries.shape[1], (queries.shape[-1], keys.projections.shape[2])
         factors = weights.detach().float().to(queries.device) * (keys.scaling / temperature)
-        summed = queries.detach().float().sum(dim=3) * factors[None, :, :, None] * keys.gains[None, :, None]  # [B, L, H, e]
+        self._fit = None if fit is None else fit.to(queries.device).float()
+        if self._fit is not None:
+            factors = factors * self._fit[:, :, :1]  # [B, L, H]
+        summed = queries.detach().float().sum(dim=3) * factors.view(-1, *weights.shape, 1) * keys.gains[None, :, None]  # [B, L, H, e]
         grouped = summed.unflatten(2, (keys.groups, -1)).sum(dim=3)  # [B, L, G, e]
         self.questions, self.components = len(queries), layers if kind == "mixture" else 1
         self._columns = [grouped[:, layer].flatten(1).T.contiguous().to(keys.projections.dtype) for layer in range(layers)]
@@ -341,19 +348,37 @@ class Linear:
             self._lifted = lifted.flatten(0, 2).T.contiguous()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def __call__(self, pooled: Tensor, means: Tensor | None = None, scalars: Tensor | None = None) -> Tensor:
-        """pooled [N, P, d] -> [B, C, N] float32; `means` [N, d] of the vectors and their scalars [L, G, N], where they are at hand."""
-        if means is None:
-            dtype = self.keys.projections.dtype
-            means = pooled.to(dtype).float().mean(dim=1).to(dtype)  # as `pools.Resident` has them
+    def __call__(
+        self, pooled: Tensor, means: Tensor | None = None, scalars: Tensor | None = None, spreads: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """pooled [N, P, d] -> [B, C, N] float32; `means` [N, d] and `spreads` [N] of the vectors (`middle`) and scalars [L, G, N] of the
+        means, where they are at hand."""
+        if means is None or spreads is None:
+            means, spreads = middle(pooled, self.keys.projections.dtype)
         if scalars is not None and self._lifted is not None:
             parts = (means @ self._lifted).unflatten(1, (self.questions, *scalars.shape[:2]))  # [N, B, L, G]
             layers = (parts * scalars.permute(2, 0, 1)[:, None]).sum(dim=3, dtype=torch.float32)  # [N, B, L]
-            return (layers if self.components > 1 else layers.sum(dim=2, keepdim=True)).permute(1, 2, 0).contiguous()
-        total = torch.zeros(self.components, len(means), self.questions, device=means.device)
+            total = (layers if self.components > 1 else layers.sum(dim=2, keepdim=True)).permute(1, 2, 0).contiguous()
+            if self._fit is not None:
+                total.addcmul_(self._fit[:, :, 1:2], spreads).add_(self._fit[:, :, 2:])
+            return total
+        if self._fit is None:
+            total = torch.zeros(self.components, len(means), self.questions, device=means.device)
+        else:
+            _, slope, level = self._fit.permute(2, 1, 0)[:, :, None]  # [C, 1, B]
+            total = torch.addcmul(level, slope, spreads[:, None])
         for layer, columns in enumerate(self._columns):
             total[layer if self.components > 1 else 0] += self.keys.normed(means, layer).flatten(1) @ columns
         return total.permute(2, 0, 1).contiguous()  # sums over chunks take a third of the time then
+
+
+def middle(pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the vectors [N, P, d], as keys are made of them, the mean [N, d], and their root mean square distance from it as a share of its
+    length, [N] float32."""
+    vectors = pooled.to(dtype).float()
+    means = vectors.mean(dim=1)
+    distances = (vectors - means[:, None]).square_().sum(dim=2).mean(dim=1).sqrt_()
+    return means.to(dtype), distances / torch.linalg.vector_norm(means, dim=1).clamp(min=_TINY)
 
 
 class Summed:

@@ -151,6 +151,75 @@ def test_normalisers_with_every_chunk_a_candidate_are_exact() -> None:
     torch.testing.assert_close(found, true.double().logsumexp(dim=2), rtol=0, atol=1e-5)  # off by a constant: none the worse
 
 
+def test_a_scans_normalisers_with_its_candidates_exchanged() -> None:
+    generator = torch.Generator().manual_seed(2)
+    true = torch.randn(2, 3, 400, generator=generator) * 2
+    true[:, :, :20] += 6  # candidates, of most of the mass
+    rough = true + 0.1 * torch.randn(true.shape, generator=generator)
+    level = rough + (true[:, :, 20:].logsumexp(dim=2) - rough[:, :, 20:].logsumexp(dim=2))[:, :, None]  # the others are right in sum
+    found = intrinsic.exchanged(level.double().logsumexp(dim=2), level[:, :, :20], true[:, :, :20])
+    torch.testing.assert_close(found, true.double().logsumexp(dim=2), rtol=0, atol=1e-6)
+    for off in (-1e-9, 0.0, 1e-9):  # with every chunk a candidate nothing is left, of either sign
+        found = intrinsic.exchanged(rough.double().logsumexp(dim=2) + off, rough, true)
+        torch.testing.assert_close(found, true.double().logsumexp(dim=2), rtol=0, atol=1e-6)
+
+
+def test_least_squares_find_what_made_the_values_and_leave_out_what_does_not_vary() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(2, 3, 500, 2, generator=generator, dtype=torch.float64) * torch.tensor([5.0, 0.5]) + torch.tensor([7.0, 1.0])
+    made = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    wanted = features @ made[..., :2, None]
+    found = intrinsic._least_squares(features, wanted[..., 0] + made[..., 2:])
+    torch.testing.assert_close(found[..., :2], made[..., :2], rtol=0.02, atol=0.02)
+    torch.testing.assert_close((features @ found[..., :2, None])[..., 0] + found[..., 2:], wanted[..., 0] + made[..., 2:], rtol=0, atol=0.1)
+    features[..., 1] = 4.0
+    found = intrinsic._least_squares(features, features[..., 0] * 2 + 1)
+    torch.testing.assert_close(found, torch.tensor([2.0, 0.0, 1.0]).double().expand(2, 3, 3), rtol=0, atol=0.02)
+
+
+@layerwise
+def test_how_wide_a_chunks_vectors_are_spread_counts_in_the_scan(
+    kind: str, big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The maximum of a chunk lies above its mean the more, the wider."""
+    centres = torch.randn(2500, 1, 32, generator=torch.Generator().manual_seed(5))
+    big.vectors = centres + torch.linspace(0.0, 1.5, 2500)[torch.randperm(2500, generator=torch.Generator().manual_seed(6))][
+        :, None, None
+    ] * torch.randn(2500, POOLED, 32, generator=torch.Generator().manual_seed(7))
+    ask = replace(ask, kind=kind, weights=ask.weights.abs())
+    pool = local(big, backbone)
+    truth = intrinsic.exact(pool, ask, 50)
+    found = intrinsic.scanned(pool, ask, Form("linear"), 300)
+    plain = pool.best(ask, Form("linear"), 300, pool.log_sums(ask, Form("linear")) if kind == "mixture" else None).rows
+
+    def share(kept: Tensor) -> float:
+        return sum(len({row for row, _ in one} & set(mine)) for one, mine in zip(truth.pairs, kept.tolist(), strict=True)) / (50 * len(ask))
+
+    assert share(found.rows) > share(plain) + 0.05
+    if kind == "mixture":
+        assert found.sums is not None
+        assert truth.normalisers is not None
+        off = pool.log_sums(ask, Form("linear")) - truth.normalisers
+        assert (found.sums - truth.normalisers).abs().mean() < 0.1 * off.abs().mean()
+        exchanged = intrinsic.approximate(pool, ask, 50, Form("linear"), 300, 1000).normalisers
+        assert exchanged is not None
+        assert (exchanged - truth.normalisers).abs().mean() < 0.02 * off.abs().mean()  # the best chunks are no guess any more
+    monkeypatch.setattr(intrinsic, "SAMPLE", 2500)
+    whole = intrinsic.scanned(pool, ask, Form("linear"), 300)
+    if whole.sums is not None and truth.normalisers is not None:  # every chunk is in the sample
+        torch.testing.assert_close(whole.sums, truth.normalisers, rtol=0, atol=1e-4)
+    memory = intrinsic.scanned(local(big, backbone, in_memory=True), ask, Form("linear"), 300)
+    assert share(memory.rows) == pytest.approx(share(found.rows), abs=0.01)
+
+
+def test_chunks_that_all_questions_ask_for_have_the_bits_of_each_alone(big: Big, backbone: Backbone, ask: Ask) -> None:
+    pool, mine = local(big, backbone), [[5, 900, 17, 3]] * len(ask)
+    together = pool.components(ask, Form("head_space"), mine)
+    for question, each in enumerate(together):
+        assert torch.equal(each, pool.components(ask.part(question), Form("head_space"), mine[:1])[0])
+    assert [each.shape for each in pool.components(ask, Form(), [[]] * len(ask))] == [(1, 0)] * len(ask)
+
+
 def test_recall_counts_what_is_kept() -> None:
     exact: list[Scored] = [[(1, 3.0), (2, 2.0)], [(5, 1.0), (6, 0.5)]]
     assert intrinsic.recall(exact, [[(2, 2.0), (9, 1.0)], [(6, 1.0), (5, 0.0)]]) == 0.75

@@ -11,7 +11,7 @@ from torch import Tensor
 from intra.backbone.model import Backbone
 from intra.errors import UserError
 from intra.retrieval import scorers
-from intra.retrieval.scorers import Keys, LayerScorer, Linear, Summed, summed
+from intra.retrieval.scorers import Keys, LayerScorer, Linear, Summed, middle, summed
 
 from .conftest import MemoryStore
 from .test_scoring import naive
@@ -154,12 +154,33 @@ def test_linear_is_exact_where_a_chunk_has_one_vector(kind: str, keys: Keys, sto
 def test_linear_with_means_and_scalars_at_hand_makes_no_keys(
     kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    means = store.vectors.mean(dim=1)
+    means, spreads = middle(store.vectors, torch.float32)
     scalars = keys.scalars(means[:, None])[..., 0]
-    linear = Linear(queries, keys, weights, kind)
-    expected = linear(store.vectors)
-    monkeypatch.setattr(Keys, "normed", None)
-    torch.testing.assert_close(linear(store.vectors, means, scalars), expected, rtol=1e-5, atol=1e-4)
+    for fit in (None, torch.randn(3, 2 if kind == "mixture" else 1, 3, generator=torch.Generator().manual_seed(0))):
+        linear = Linear(queries, keys, weights, kind, fit=fit)
+        expected = linear(store.vectors)
+        with monkeypatch.context() as patch:
+            patch.setattr(Keys, "normed", None)
+            torch.testing.assert_close(linear(store.vectors, means, scalars, spreads), expected, rtol=1e-5, atol=1e-4)
+
+
+@each_kind
+def test_linear_is_fitted_by_question_and_component(kind: str, keys: Keys, store: MemoryStore, queries: Tensor, weights: Tensor) -> None:
+    means, spreads = middle(store.vectors, torch.float32)
+    torch.testing.assert_close(means, store.vectors.mean(dim=1))
+    distance = (store.vectors - means[:, None]).square().sum(dim=2).mean(dim=1).sqrt()
+    torch.testing.assert_close(spreads, distance / means.norm(dim=1))
+    plain = Linear(queries, keys, weights, kind, temperature=0.5)(store.vectors)
+    fit = torch.randn(*plain.shape[:2], 3, generator=torch.Generator().manual_seed(1))
+    slope, by_spread, level = (each[..., None] for each in fit.unbind(2))
+    found = Linear(queries, keys, weights, kind, temperature=0.5, fit=fit)(store.vectors)
+    torch.testing.assert_close(found, slope * plain + by_spread * spreads + level, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_that_are_all_zero_have_a_spread() -> None:
+    means, spreads = middle(torch.zeros(2, 3, 4), torch.float32)
+    assert not means.any()
+    assert not spreads.any()
 
 
 @each_kind
