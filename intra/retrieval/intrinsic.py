@@ -5,9 +5,8 @@
     int8         a scan in integers; its best `candidates` a question are scored again, exactly. With `heads` below 1 it leaves out the
                  heads that weigh least (`scorers.strongest`, on the first CHECKED questions and the pool's first chunks)
     cascade      a scan with one vector a chunk and one query vector a layer and key-value head (`scorers.Linear`), fitted to the exact
-                 scores of SAMPLE chunks; its best
-                 `coarse_candidates` a question by one query vector a head (`scorers.Summed`), a smaller pool by that alone; of these the
-                 best `candidates` exactly
+                 scores of SAMPLE chunks; its best `coarse_candidates` a question by one query vector a head (`scorers.Summed`), a smaller
+                 pool by that alone; of these the best `candidates` exactly
     auto         exact for `mixed` (it is cheap) and for pools of fewer than AUTO_CHUNKS times `candidates` chunks; else cascade
     head_space, reverse, paper     that form and no other
 
@@ -19,8 +18,7 @@ A mixture's softmax is over the whole pool: an approximate scorer takes its norm
 components are `exchanged` for the rough ones; of a cascade's scan they are made level on a sample of the chunks before.
 
 `retriever.search.rescore` scores the best so many of these (at least as many as are asked for) again, by the keys of all their token states
-instead of the pooled vectors: what the decoder's own attention compares its queries with. The normalisers are `corrected` by them in
-the same way.
+instead of the pooled vectors: what the decoder's own attention compares its queries with. The normalisers are `corrected` by them.
 """
 
 from __future__ import annotations
