@@ -15,7 +15,7 @@ it: where it keeps less than `recall` of the exact ranking the exact one takes o
 the batches in which questions come nor the device changes what is chosen.
 
 A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, in which the candidates' exact
-components are `exchanged` for the rough ones; of a cascade's scan they are made level on a sample of the chunks before.
+components are `exchanged` for the rough ones; before that they are made level with the exact ones on SAMPLE chunks.
 
 `retriever.search.rescore` scores the best so many of these (at least as many as are asked for) again, by the keys of all their token states
 instead of the pooled vectors: what the decoder's own attention compares its queries with. The normalisers are `corrected` by them.
@@ -40,7 +40,7 @@ from intra.retrieval.scoring import Scored
 if TYPE_CHECKING:
     from intra.config import SearchConfig
 
-SAMPLE = 512  # chunks on which a rough scan is made level with the exact scores
+SAMPLE = 512  # chunks on which a scan is made level with the exact scores
 RIDGE = 1e-3  # of a feature's variance
 FLAT = 1e-12
 CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
@@ -85,8 +85,10 @@ class Scan(NamedTuple):
 
 
 def scanned(pool: Pool, ask: Ask, form: Form, count: int) -> Scan:
-    """The best rows of each question in `form`, `count` at most."""
-    ask, offset = sampled(pool, ask, form) if form.rough else (ask, torch.zeros(len(ask), ask.components, dtype=torch.float64))
+    """The best rows of each question in `form`, `count` at most; made level with the exact ones (`sampled`) where it matters."""
+    offset = torch.zeros(len(ask), ask.components, dtype=torch.float64)
+    if form.name == "linear" or ask.kind == "mixture":
+        ask, offset = sampled(pool, ask, form)
     if ask.kind != "mixture":
         return Scan(ask, pool.best(ask, form, count, None).rows, offset, None)
     sums = pool.log_sums(ask, form)

@@ -189,7 +189,7 @@ def best(tiles: Tiles, scorer: Scorer, k: int, normalisers: Tensor | None, rough
 def components(ask: Ask, keys: Keys, form: Form, chosen: Tile, places: Sequence[Tensor]) -> list[Tensor]:
     """Of each question for chunks of its own, `places` among those chosen: [C, n_b] float32."""
     pooled, scalars = chosen.vectors, chosen.scalars
-    if ask.kind != "mixed" and form.name in ("exact", "head_space") and all(torch.equal(at, places[0]) for at in places[1:]):
+    if ask.kind != "mixed" and all(torch.equal(at, places[0]) for at in places[1:]):
         z = ask.scorer(keys, form, scalars is not None)(chosen.rows(places[0])).cpu()  # one product for all questions
         return list(z) if len(places[0]) else [torch.empty(ask.components, 0) for _ in places]
     if ask.kind != "mixed" and form.name in ("exact", "head_space"):
