@@ -11,7 +11,7 @@
     head_space, reverse, paper     that form and no other
 
 The first CHECKED questions are searched exactly. An approximate scorer is compared with that, once, as deep as the rest of the search needs
-it: where it keeps less than `recall` of the exact ranking the exact one takes over for the other questions, and a line says so. Neither
+it, and DEEP at least: where it keeps less than `recall` of the exact ranking the exact one takes over for the other questions, and a line says so. Neither
 the batches in which questions come nor the device changes what is chosen.
 
 A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, in which the candidates' exact
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 SAMPLE = 512  # chunks on which a scan is made level with the exact scores
 RIDGE = 1e-3  # of a feature's variance
 FLAT = 1e-12
+DEEP = 20  # chunks of each of them at least: among five of sixteen questions one is more than a hundredth
 CHECKED = 16  # questions on which an approximate scorer is compared with the exact one
 AUTO_CHUNKS = 20  # a pool of fewer times `candidates` chunks is scanned exactly for little more
 _SCANS = ("cascade", "int8")
@@ -222,10 +223,12 @@ class Searcher:
         asks, truth = self._first.setdefault(k, ([], []))
         count = min(len(ask), CHECKED - len(truth))
         asks.append(ask.part(0, count))
-        found = exact(self.pool, asks[-1], depth)
+        deep = max(depth, DEEP)
+        found = exact(self.pool, asks[-1], deep)
         truth.extend(found.pairs)
+        found = Found([mine[:depth] for mine in found.pairs], found.normalisers)
         if len(truth) == CHECKED:
-            self._chosen[k] = self._checked(name, Ask.joined(asks), truth, depth)
+            self._chosen[k] = self._checked(name, Ask.joined(asks), truth, deep)
             del self._first[k]
         if count == len(ask):
             return found

@@ -302,6 +302,7 @@ def test_a_scan_is_checked_as_deep_as_chunks_are_scored_again(
     backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(intrinsic, "CHECKED", 3)
+    monkeypatch.setattr(intrinsic, "DEEP", 1)
     store, keys = ragged(), Keys.of(backbone)
     pool, tokens = local(store, backbone), by_states(store, keys)
     kept = {
@@ -313,6 +314,16 @@ def test_a_scan_is_checked_as_deep_as_chunks_are_scored_again(
         settings = SearchConfig(scorer="cascade", candidates=45, rescore=rescore, recall=kept[1])
         Searcher(pool, settings, tokens=tokens).find(ask, 1)
         assert ("of the exact top 40 of 3 questions" in capsys.readouterr().err) == falls
+
+
+def test_a_search_for_few_is_checked_as_deep_as_tells_something(
+    big: Big, backbone: Backbone, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 2)
+    truth = intrinsic.exact(local(big, backbone), ask, 5)
+    found = Searcher(local(big, backbone), SearchConfig(scorer="cascade", candidates=20, recall=1.0)).find(ask, 5)
+    assert found.pairs == truth.pairs  # no more of them than are asked for
+    assert "of the exact top 20 of 2 questions" in capsys.readouterr().err
 
 
 def test_what_was_chosen_for_one_depth_is_checked_anew_for_another(
