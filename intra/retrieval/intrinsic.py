@@ -10,9 +10,9 @@
     auto         exact for `mixed` (it is cheap) and for pools of fewer than AUTO_CHUNKS times `candidates` chunks; else cascade
     head_space, reverse, paper     that form and no other
 
-The first CHECKED questions are searched exactly. An approximate scorer is compared with that, once, as deep as the rest of the search needs
-it, and DEEP at least: where it keeps less than `recall` of the exact ranking the exact one takes over for the other questions, and a line says so. Neither
-the batches in which questions come nor the device changes what is chosen.
+The first CHECKED questions are searched exactly. An approximate scorer is compared with that, once, as deep as the rest of the search
+needs it, and DEEP at least: where it keeps less than `recall` of the exact ranking the exact one takes over for the other questions, and a
+line says so. Neither the batches in which questions come nor the device changes what is chosen.
 
 A mixture's softmax is over the whole pool: an approximate scorer takes its normalisers from its own scan, in which the candidates' exact
 components are `exchanged` for the rough ones; before that they are made level with the exact ones on SAMPLE chunks.
