@@ -184,7 +184,8 @@ def cost_and_quality(points: Mapping[str, tuple[float, float]], methods: Sequenc
 
     body = [_levels(left, right, top, bottom)]
     for power in range(low, high + 1):
-        body.append(_text(place(10.0**power), bottom + 16, seconds(10.0**power), "middle", "soft"))
+        tick = seconds(10.0**power) if power < 2 else f"{10**power} s"  # rather than 1.67 min
+        body.append(_text(place(10.0**power), bottom + 16, tick, "middle", "soft"))
         body.append(f'<path class="rule" d="M{_n(place(10.0**power))},{bottom}v4"/>')
     body.append(_text(right, bottom + 31, "time a question, logarithmic", "end", "soft"))
     taken: list[tuple[float, float, float, float]] = []
@@ -296,7 +297,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "", 
 
 def seconds(value: float) -> str:
     """In the unit that suits it."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+    for size, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if value >= size * 0.9995:
             return f"{value / size:.3g} {unit}"
     return f"{value / 1e-6:.2g} µs"

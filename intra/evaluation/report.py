@@ -142,7 +142,7 @@ UNITS = ("", "thousand", "million", "billion", "trillion")
 
 def _scaled(value: float, units: Sequence[str]) -> str:
     power = 0
-    while value >= 1000 and power < len(units) - 1:
+    while value >= 999.5 and power < len(units) - 1:
         value, power = value / 1000, power + 1
     return f"{value:.3g} {units[power]}".strip()
 

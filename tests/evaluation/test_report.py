@@ -262,6 +262,14 @@ def test_labels_are_moved_apart_and_stay_within() -> None:
     assert figures._apart([50.0], 10, 0, 100) == [50.0]
 
 
-@pytest.mark.parametrize(("value", "text"), [(2.0, "2 s"), (0.0123, "12.3 ms"), (4.5e-5, "45 µs"), (123.4, "123 s")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.0, "2 s"), (0.0123, "12.3 ms"), (4.5e-5, "45 µs"), (59.4, "59.4 s"), (123.0, "2.05 min"), (2283.3, "38.1 min"), (9000.0, "2.5 h")],
+)
 def test_times_in_units(value: float, text: str) -> None:
     assert figures.seconds(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(999.4, "999"), (999.7, "1 thousand"), (3.78e11, "378 billion")])
+def test_operations_in_words(value: float, text: str) -> None:
+    assert report._scaled(value, report.UNITS) == text
