@@ -28,12 +28,18 @@ class BM25Config(Section):
 class TuneConfig(Section):
     """Fine-tuning of a bi-encoder on the training questions; gold and hard negatives are those of `retriever.train`."""
 
-    steps: int = Field(200, ge=1)
+    steps: int = Field(300, ge=1)
+    held_out: float = Field(
+        0.1, ge=0, lt=1, description="share of the training questions that choose the step whose weights are kept; 0: last"
+    )
+    held_out_chunks: int = Field(4096, ge=1, description="chunks of the pool, beside their gold, among which these are searched for")
+    measure_every: int = Field(100, ge=1, description="steps between two searches; the weights it starts from are measured too")
     batch_size: int = Field(16, ge=1, description="questions a step; each sees the others' passages too")
     hard_negatives: int = Field(3, ge=0, description="a question and step, drawn from the mined ones")
     learning_rate: float = Field(2e-5, gt=0)
     warmup_steps: int = Field(20, ge=0)
     temperature: float = Field(0.05, gt=0)
+    gradient_checkpointing: bool = Field(False, description="layers are computed again in the backward pass, to save memory")
     checkpoint_every: int = Field(50, ge=1)
 
 

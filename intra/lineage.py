@@ -186,7 +186,15 @@ def tuned(config: Config, name: str) -> Artifact:
         config,
         "tuned",
         model=models.digest(name, settings),
-        settings=settings.model_dump(exclude={"model", "revision", "batch_size", "ivf"}),
+        settings=settings.model_dump(
+            exclude={
+                "model": True,
+                "revision": True,
+                "batch_size": True,
+                "ivf": True,
+                "tune": {"checkpoint_every", "gradient_checkpointing"},
+            }
+        ),
         questions=facts["questions_sha256"],
         pool=facts["pool_sha256"],
         negatives=mined,

@@ -2,6 +2,7 @@
 
 Loss: soft cross-entropy over all gold chunks, as the retriever's, against the gold and drawn hard negatives of every question of the batch.
 Hard negatives are those mined for the retriever (S_0, and BM25 where `retriever.train.bm25_negatives` asks for it), read from its artifact.
+Held-out training questions choose the step whose weights are kept, the start among them: fine-tuning that harms is not the baseline.
 
     <root>/tuned/<fingerprint>/            config.json, model.safetensors, tokenizer, curve.parquet and, last, manifest.json
     <root>/tuned/<fingerprint>.training/   checkpoints, until it is complete; the same command goes on from the last, to the same weights
@@ -13,6 +14,7 @@ import atexit
 import functools
 import io
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from intra.retrieval import negatives
 from intra.retrieval.negatives import Example
 
 _TOGETHER = 16  # texts of a step that are encoded at once
+_AT = 5  # recall at this many chunks chooses the step
 
 
 def folder(config: Config, name: str) -> Path:
@@ -44,7 +47,8 @@ def folder(config: Config, name: str) -> Path:
         if not questions:
             raise UserError(f"dataset {dataset.url} holds no training questions for {name}; take it out of evaluate.methods")
         trained = examples(config, questions, pool)
-        encoder = models.Dense(name, settings, config.evaluate.device, config.evaluate.threads)
+        precise = settings.model_copy(update={"dtype": "float32"})  # in bfloat16 most weights are too coarse to take a step
+        encoder = models.Dense(name, precise, config.evaluate.device, config.evaluate.threads)
         Tuner(encoder, settings, trained, pool, config.seed).run(artifact, name)
     return Path(artifact.url) if not storage.is_s3(artifact.url) else _copy(artifact.url)
 
@@ -81,39 +85,97 @@ def _rows(retriever: Artifact, kind: str, questions: Sequence[Question]) -> list
 
 
 class Tuner:
+    """Fine-tunes the weights of `encoder` in place; `trained`: the questions, of which `tune.held_out` are kept to measure by."""
+
     def __init__(self, encoder: models.Dense, settings: DenseConfig, trained: Sequence[Example], pool: Pool, seed: int) -> None:
         import torch
 
         assert settings.tune is not None
+        self._encoder = encoder
         self.recipe: TuneConfig = settings.tune
         self._settings = settings
-        self._examples = trained
+        shuffled = np.random.default_rng([seed, 8]).permutation(len(trained)).tolist()
+        held = int(self.recipe.held_out * len(trained))
+        self.held_out, self._examples = [[trained[place] for place in sorted(part)] for part in (shuffled[:held], shuffled[held:])]
         self._texts = pool.title_and_text()
         self._seed = seed
         self.model: Any = encoder.model.train()
+        if self.recipe.gradient_checkpointing:
+            self.model[0].auto_model.activation_checkpointing_enable()
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.recipe.learning_rate)
         self.curve: list[float] = []
+        self.measured: dict[int, float] = {}  # step -> recall of the held-out questions
+        self._best: dict[str, Any] = {}  # the weights at the step with the best
 
     def run(self, artifact: Artifact, name: str) -> None:
-        """Trains from the last checkpoint on, and completes the artifact."""
+        """Trains from the last checkpoint on, and completes the artifact with the weights that the held-out questions choose."""
         from tqdm import tqdm
 
-        training = f"{artifact.url}.training"
+        recipe, training = self.recipe, f"{artifact.url}.training"
         self.resume(training)
-        with tqdm(total=self.recipe.steps, initial=len(self.curve), desc=f"{name}: fine-tune", unit="step", disable=None) as bar:
-            while len(self.curve) < self.recipe.steps:
+        with tqdm(total=recipe.steps, initial=len(self.curve), desc=f"{name}: fine-tune", unit="step", disable=None) as bar:
+            while True:
+                done = len(self.curve)
+                if self.held_out and done not in self.measured and (done % recipe.measure_every == 0 or done == recipe.steps):
+                    self.measure()
+                    self.save(training)
+                elif done and done % recipe.checkpoint_every == 0:
+                    self.save(training)
+                if done == recipe.steps:
+                    break
                 self.step()
                 bar.update()
-                if len(self.curve) % self.recipe.checkpoint_every == 0:
-                    self.save(training)
+        kept = self.keep()
+        if self.held_out:
+            found = ", ".join(f"{value:.3f} at {step}" for step, value in sorted(self.measured.items()))
+            print(f"{name}: fine-tuned; recall@{_AT} of {len(self.held_out)} held-out questions: {found}; kept: {kept}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as place, models.quiet():
             self.model[0].auto_model.save_pretrained(place)
             self.model.tokenizer.save_pretrained(place)
             storage.upload(place, artifact.url)
         storage.write_bytes(artifact.path("curve.parquet"), to_parquet(pa.table({"loss": self.curve})))
         tail = self.curve[-max(1, len(self.curve) // 10) :]
-        artifact.finish({"steps": len(self.curve), "questions": len(self._examples), "loss": sum(tail) / len(tail)})
+        artifact.finish(
+            {
+                "steps": len(self.curve),
+                "kept": kept,
+                "questions": len(self._examples),
+                "held_out": len(self.held_out),
+                f"recall_at_{_AT}": [list(item) for item in sorted(self.measured.items())],
+                "loss": sum(tail) / len(tail),
+            }
+        )
         storage.remove(training)
+
+    def measure(self) -> float:
+        """Recall@5 of the held-out questions, by gold passage, among chunks drawn from the pool and their gold. Keeps the best weights."""
+        drawn = np.random.default_rng([self._seed, 9]).permutation(len(self._texts))[: self.recipe.held_out_chunks].tolist()
+        rows = sorted({*drawn, *(row for item in self.held_out for row in item.positives)})
+        texts = [self._texts[row] for row in rows]
+        passages, _ = self._encoder.passages(texts)
+        questions = np.concatenate(self._encoder.questions([item.question for item in self.held_out]))
+        self.model.train()  # encoding ends it
+        best = np.argsort(-(questions @ passages.T), axis=1, kind="stable")[:, :_AT]
+        shares = []
+        for item, places in zip(self.held_out, best.tolist(), strict=True):
+            found = {rows[place] for place in places}
+            shares.append(sum(not found.isdisjoint(group) for group in item.gold) / len(item.gold))
+        value = float(np.mean(shares))
+        if value > max(self.measured.values(), default=-1.0):
+            self._best = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.measured[len(self.curve)] = value
+        return value
+
+    def keep(self) -> int:
+        """Sets the model to the weights that were measured best, the first of equals, and returns their step."""
+        import torch
+
+        if not self._best:
+            return len(self.curve)
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(self._best[name])
+        return max(sorted(self.measured), key=lambda step: self.measured[step])
 
     def step(self) -> None:
         """One step. What it computes depends on the weights and the number of steps done alone."""
@@ -167,11 +229,13 @@ class Tuner:
         return torch.cat(parts)[place]
 
     def save(self, url: str) -> None:
-        """A checkpoint: weights, AdamW's moments, the curve."""
+        """A checkpoint: weights, AdamW's moments, the curve, what was measured and the best weights."""
         import torch
         from safetensors.torch import save
 
         data = {"curve": torch.tensor(self.curve, dtype=torch.float64)}
+        data["measured"] = torch.tensor(sorted(self.measured.items()), dtype=torch.float64).reshape(-1, 2)
+        data |= {f"best {name}": weight for name, weight in self._best.items()}
         for name, weight in self.model.named_parameters():
             state = self._optimizer.state.get(weight, {})
             data |= {f"weight {name}": weight.detach()} | {f"{key} {name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
@@ -191,6 +255,8 @@ class Tuner:
             return
         data = load(storage.read_bytes(storage.join(url, names[-1])))
         self.curve = data["curve"].tolist()
+        self.measured = {int(step): value for step, value in data["measured"].tolist()}
+        self._best = {name.removeprefix("best "): weight for name, weight in data.items() if name.startswith("best ")}
         for name, weight in self.model.named_parameters():
             with torch.no_grad():
                 weight.copy_(data[f"weight {name}"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from intra import config as configuration
 from intra import lineage, storage
@@ -22,7 +25,15 @@ from intra.retrieval.negatives import Example
 from tests.baselines.conftest import sentences
 from workflows import prepare
 
-RECIPE = {"steps": 30, "batch_size": 6, "hard_negatives": 2, "learning_rate": 5e-3, "warmup_steps": 3, "checkpoint_every": 10}
+RECIPE = {
+    "steps": 30,
+    "held_out": 0,
+    "batch_size": 6,
+    "hard_negatives": 2,
+    "learning_rate": 5e-3,
+    "warmup_steps": 3,
+    "checkpoint_every": 10,
+}
 
 
 def dense(model: Path, **tune: Any) -> DenseConfig:
@@ -70,12 +81,83 @@ def test_it_learns_and_goes_on_to_the_same_weights(bert: Path, pool: Pool, tmp_p
         assert storage.read_bytes(again.path(name)) == storage.read_bytes(artifact.path(name))
 
 
+def test_held_out_questions_choose_the_step(bert: Path, pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each question stands twice, so what is held out can be learnt; cut off between two searches, the same weights are kept."""
+    twice = [dataclasses.replace(item, question_id=f"{item.question_id}{n}") for n in range(2) for item in examples_of(pool)]
+    recipe = {"held_out": 0.25, "held_out_chunks": 40, "measure_every": 12}
+    artifact = Artifact("tuned", str(tmp_path / "a"), "mark", "evaluate")
+    tuner(bert, pool, twice, **recipe).run(artifact, "tiny")
+    manifest = artifact.manifest()
+    measured = dict(manifest["recall_at_5"])
+    assert list(measured) == [0, 12, 24, 30]
+    assert (manifest["questions"], manifest["held_out"]) == (36, 12)
+    assert measured[manifest["kept"]] == max(measured.values()) > measured[0] + 0.3
+    assert f"kept: {manifest['kept']}\n" in capsys.readouterr().err
+
+    half = tuner(bert, pool, twice, **recipe)
+    half.measure()
+    for _ in range(17):
+        half.step()
+        if len(half.curve) == 12:
+            half.measure()
+            half.save(str(tmp_path / "b.training"))
+    again = Artifact("tuned", str(tmp_path / "b"), "mark", "evaluate")
+    tuner(bert, pool, twice, **recipe).run(again, "tiny")
+    assert again.manifest() == manifest
+    assert storage.read_bytes(again.path("model.safetensors")) == storage.read_bytes(artifact.path("model.safetensors"))
+
+
+def test_fine_tuning_that_harms_is_not_kept(bert: Path, pool: Pool, tmp_path: Path) -> None:
+    """Questions that are their passages' own words: the start finds them, steps as long as these lose them."""
+    texts = pool.title_and_text()
+    own = [Example(f"q{row}", texts[row], ((row,),), [], []) for row in range(40)]
+    artifact = Artifact("tuned", str(tmp_path), "mark", "evaluate")
+    one = tuner(bert, pool, own, steps=8, held_out=0.5, held_out_chunks=60, measure_every=4, warmup_steps=0, learning_rate=0.3)
+    start = {name: weight.detach().clone() for name, weight in one.model.named_parameters()}
+    one.run(artifact, "tiny")
+    measured = dict(artifact.manifest()["recall_at_5"])
+    assert measured[0] > 0.9 > measured[8]
+    assert artifact.manifest()["kept"] == 0
+    assert all(torch.equal(weight, start[name]) for name, weight in one.model.named_parameters())
+
+
+def test_in_bfloat16_it_is_trained_in_float32(bert: Path, tmp_path: Path) -> None:
+    """AdamW on bfloat16 weights would leave most of them, all norms among them, as they were."""
+    settings = dense(bert, steps=3).model_copy(update={"dtype": "bfloat16"})
+    config = small(settings, tmp_path)
+    prepare.run(config)
+    questions = read_questions(lineage.dataset(config).url, "train")
+    leave(config, "initial", questions, list(range(20)))
+    leave(config, "bm25", questions, list(range(30, 50)))
+    place = tuning.folder(config, "tiny")
+    weights = load_file(place / "model.safetensors")
+    before = load_file(bert / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(not torch.equal(weights[name], before[name]) for name in weights if "LayerNorm" in name)
+
+
 def test_vectors_stand_in_the_order_of_their_texts(bert: Path, pool: Pool) -> None:
     one = tuner(bert, pool, examples_of(pool))
     one.model.eval()  # no dropout
     texts = [*sentences(40, 3), "moon", " ".join(sentences(3, 1))]
     one_by_one = np.concatenate(models.Dense("tiny", dense(bert), "cpu", 1).questions(texts))
     assert one._vectors(texts).detach().numpy() == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_layers_computed_again_give_the_same_weights(bert: Path, pool: Pool) -> None:
+    """Dropout too: each layer draws again what it drew."""
+    kept, again = (tuner(bert, pool, examples_of(pool), gradient_checkpointing=on) for on in (False, True))
+    layers: list[int] = []
+    for one in (kept, again):
+        calls: list[int] = []
+        one.model[0].auto_model.encoder.layer[0].intermediate.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for _ in range(3):
+            one.step()
+        layers.append(len(calls))
+    assert layers[1] == 2 * layers[0]
+    assert kept.curve == again.curve
+    for (name, weight), other in zip(kept.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(weight, other), name
 
 
 def test_every_weight_moves_and_a_broken_loss_stops(bert: Path, pool: Pool) -> None:
@@ -91,15 +173,19 @@ def test_every_weight_moves_and_a_broken_loss_stops(bert: Path, pool: Pool) -> N
         broken.step()
 
 
-def test_the_negatives_are_the_retrievers(bert: Path, tmp_path: Path) -> None:
-    config = configuration.parse(
+def small(settings: DenseConfig, root: Path) -> Config:
+    return configuration.parse(
         {
-            "root": str(tmp_path),
+            "root": str(root),
             "data": {"synthetic": {"chunks": 60, "train_questions": 5, "test_questions": 5}},
             "retriever": {"train": {"hard_negatives": 4, "bm25_negatives": 2, "bm25_skip": 1}},
-            "evaluate": {"methods": ["tiny"], "answers": False, "models": {"tiny": dense(bert, steps=2).model_dump()}, "device": "cpu"},
+            "evaluate": {"methods": ["tiny"], "answers": False, "models": {"tiny": settings.model_dump()}, "device": "cpu"},
         }
     )
+
+
+def test_the_negatives_are_the_retrievers(bert: Path, tmp_path: Path) -> None:
+    config = small(dense(bert, steps=2), tmp_path)
     prepare.run(config)
     url = lineage.dataset(config).url
     questions, pool = read_questions(url, "train"), read_pool(url)
@@ -123,6 +209,10 @@ def test_the_negatives_are_the_retrievers(bert: Path, tmp_path: Path) -> None:
     other = {"train": {**config.retriever.train.model_dump(), "hard_negatives": 3}}
     assert lineage.tuned(changed(config, same), "tiny") == lineage.tuned(config, "tiny")
     assert lineage.tuned(changed(config, other), "tiny") != lineage.tuned(config, "tiny")
+    # Nor what changes no weight.
+    assert lineage.tuned(small(dense(bert, steps=2, gradient_checkpointing=True, checkpoint_every=1), tmp_path), "tiny") == lineage.tuned(
+        config, "tiny"
+    )
 
 
 def changed(config: Config, retriever: dict[str, Any]) -> Config:
