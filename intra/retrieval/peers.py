@@ -27,6 +27,8 @@ from intra.retrieval.pools import Ask
 from intra.retrieval.scorers import Keys, LayerScorer, Linear
 
 SAME = 1e-4  # of the spread of the scores: from there on a peer computes something else
+# The same in bfloat16, where each rounds elsewhere: .02 at the size of the quick start, .08 at that of one layer of 4B; `linear` is 2 off.
+SAME_BFLOAT16 = 0.25
 Times = dict[str, float]  # seconds
 Errors = dict[str, float]  # greatest difference of the scores, in their standard deviations
 
@@ -34,13 +36,15 @@ Errors = dict[str, float]  # greatest difference of the scores, in their standar
 def compare(ask: Ask, keys: Keys, pooled: Tensor, repeats: int, names: list[str] | None = None) -> tuple[Times, Errors]:
     """Of `per_head` and `mixture` for vectors [N, P, d]: the best time of each name, and how far its scores are from the exact ones.
 
-    A name whose scores are no scores (gemm, faiss_flat) has no error. Where others than int8 and linear are further off than SAME they have
-    an error and no time. Times are of the processor where torch has one thread: another program lengthens them least.
+    A name whose scores are no scores (gemm, faiss_flat) has no error. Where others than int8 and linear are further off than SAME (in
+    bfloat16 SAME_BFLOAT16) they have an error and no time. Times are of the processor where torch has one thread: another program
+    lengthens them least.
     """
     made = _makers(ask, keys, pooled)
     truth = made["exact"]()
     assert truth is not None
     spread = float(truth.std(dim=2).mean())
+    same = SAME_BFLOAT16 if keys.projections.dtype == torch.bfloat16 else SAME
     times: Times = {}
     errors: Errors = {}
     ready = {}
@@ -48,7 +52,7 @@ def compare(ask: Ask, keys: Keys, pooled: Tensor, repeats: int, names: list[str]
         found = made[name]()  # the first run also maps memory and fills caches
         if found is not None:
             errors[name] = float((found - truth).abs().max()) / spread
-            if errors[name] > SAME and name not in ("int8", "linear"):
+            if errors[name] > same and name not in ("int8", "linear"):
                 continue
         ready[name] = made[name]
     for _ in range(repeats):  # in turn, so that a busy moment does not fall on one alone
@@ -108,7 +112,7 @@ def _by_layer(ask: Ask, keys: Keys, pooled: Tensor, score: Callable[[Tensor, Ten
     """`score` takes queries [B, H, R, e] and keys [N, P, G, e] of a layer and gives [B, H, N]."""
     flat, heads = pooled.reshape(-1, pooled.shape[-1]), []
     for layer in range(ask.queries.shape[1]):
-        made = keys.normed(flat, layer).unflatten(0, pooled.shape[:2]) * keys.gains[layer]
+        made = (keys.normed(flat, layer).unflatten(0, pooled.shape[:2]) * keys.gains[layer]).to(keys.projections.dtype)
         heads.append(score(ask.queries[:, layer], made))
     return _components(ask, keys, heads)
 
@@ -120,7 +124,7 @@ def _grouped(queries: Tensor, groups: int) -> Tensor:
 
 def _naive(queries: Tensor, keys: Tensor) -> Tensor:
     logits = torch.einsum("bgsre,npge->bgsrnp", _grouped(queries, keys.shape[2]), keys)
-    return logits.amax(dim=-1).sum(dim=3).flatten(1, 2)
+    return logits.amax(dim=-1).sum(dim=3, dtype=torch.float32).flatten(1, 2)
 
 
 def _sentence_transformers(queries: Tensor, keys: Tensor) -> Tensor:
@@ -137,10 +141,10 @@ def _maxsim_cpu(queries: Tensor, keys: Tensor) -> Tensor:
     found = torch.empty(*queries.shape[:2], len(keys))
     shared = queries.shape[1] // keys.shape[2]
     for group in range(keys.shape[2]):
-        documents = keys[:, :, group].contiguous().numpy()
+        documents = keys[:, :, group].float().contiguous().numpy()  # it knows no bfloat16
         for question in range(len(queries)):
             for head in range(group * shared, (group + 1) * shared):
-                found[question, head] = torch.from_numpy(scores(queries[question, head].contiguous().numpy(), documents))
+                found[question, head] = torch.from_numpy(scores(queries[question, head].float().contiguous().numpy(), documents))
     return found
 
 
@@ -149,7 +153,8 @@ def _naive_hidden(ask: Ask, keys: Keys, pooled: Tensor, scalars: Tensor) -> Tens
     heads = []
     for layer in range(ask.queries.shape[1]):
         projection = keys.projections[layer].unflatten(0, (keys.groups, -1))  # [G, e, d]
-        lifted = torch.einsum("bgsre,ged->bgsrd", _grouped(ask.queries[:, layer] * keys.gains[layer], keys.groups), projection)
+        queries = (ask.queries[:, layer] * keys.gains[layer]).to(keys.projections.dtype)
+        lifted = torch.einsum("bgsre,ged->bgsrd", _grouped(queries, keys.groups), projection)
         logits = torch.einsum("bgsrd,npd->bgsrnp", lifted, pooled) * scalars[layer][None, :, None, None]
         heads.append(logits.amax(dim=-1).sum(dim=3).flatten(1, 2))
     return _components(ask, keys, heads)
@@ -162,8 +167,8 @@ def _faiss_flat(ask: Ask, keys: Keys, pooled: Tensor) -> None:
     faiss.omp_set_num_threads(torch.get_num_threads())
     flat = pooled.reshape(-1, pooled.shape[-1])
     for layer in range(ask.queries.shape[1]):
-        made = keys.normed(flat, layer)
+        made = keys.normed(flat, layer).float()  # it knows no bfloat16
         for group, mine in enumerate(_grouped(ask.queries[:, layer], keys.groups).unbind(1)):
             index = faiss.IndexFlatIP(made.shape[-1])
             index.add(made[:, group].contiguous().numpy())
-            index.search(mine.reshape(-1, mine.shape[-1]).contiguous().numpy(), min(20, len(flat)))
+            index.search(mine.reshape(-1, mine.shape[-1]).float().contiguous().numpy(), min(20, len(flat)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from intra import cluster, config
-from intra.backbone.model import Backbone
+from intra.backbone.model import Backbone, load
 from intra.data.schema import Question
 from intra.retrieval import benchmark, peers, search
 from intra.retrieval.benchmark import Bench
@@ -24,38 +25,55 @@ from .conftest import MemoryStore
 SIZES = {"questions": 4, "checked": 8, "chunks": 40, "search_chunks": 55, "pools": [90, 150], "repeats": 1, "latency_questions": 3}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["per_head", "mixture"])
 def test_peers_agree_with_the_exact_scorer(
-    kind: str, backbone: Backbone, store: MemoryStore, queries: torch.Tensor, weights: torch.Tensor
+    kind: str, dtype: torch.dtype, backbone: Backbone, store: MemoryStore, queries: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    times, errors = peers.compare(Ask(kind, queries, weights, 0.5), Keys.of(backbone), store.vectors, 1)
+    keys = Keys.of(backbone)
+    ask, keys = Ask(kind, queries.to(dtype), weights, 0.5), replace(keys, projections=keys.projections.to(dtype))
+    times, errors = peers.compare(ask, keys, store.vectors.to(dtype), 1)
     exact = {"exact", "reverse", "chunked", "naive", "naive_hidden", "sentence_transformers"}
     assert exact | {"gemm", "int8", "linear", "faiss_flat"} <= set(times)
-    assert all(errors[name] < peers.SAME for name in exact)
+    assert all(errors[name] < (peers.SAME if dtype == torch.float32 else 0.3 * peers.SAME_BFLOAT16) for name in exact)
     assert errors["exact"] == 0 < errors["int8"] < errors["linear"]
+    assert errors["linear"] > 2 * peers.SAME_BFLOAT16
 
 
+@pytest.mark.parametrize(("dtype", "off", "same"), [(torch.float32, 1.01, peers.SAME), (torch.bfloat16, 1.3, peers.SAME_BFLOAT16)])
 def test_a_peer_that_computes_something_else_is_not_timed(
-    backbone: Backbone, store: MemoryStore, queries: torch.Tensor, weights: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peers, "_naive", lambda queries, keys: peers.scoring.layer_scores(queries, keys) * 1.01)
-    times, errors = peers.compare(Ask("per_head", queries, weights, 1.0), Keys.of(backbone), store.vectors, 1, ["exact", "naive"])
+    dtype: torch.dtype, off: float, same: float, backbone: Backbone, store: MemoryStore, queries: torch.Tensor, weights: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(peers, "_naive", lambda queries, keys: peers.scoring.layer_scores(queries, keys) * off)
+    keys = Keys.of(backbone)
+    ask, keys = Ask("per_head", queries.to(dtype), weights, 1.0), replace(keys, projections=keys.projections.to(dtype))
+    times, errors = peers.compare(ask, keys, store.vectors.to(dtype), 1, ["exact", "naive"])
     assert set(times) == {"exact"}
-    assert errors["naive"] > peers.SAME
+    assert errors["naive"] > same
+
+
+def made(
+    backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A Bench of these, which `benchmark.run` takes."""
+    monkeypatch.setattr(benchmark, "LAYER_4B", {"d": 64, "heads": 4, "groups": 2, "e": 16, "tokens": 8})
+    bench: Any = object.__new__(Bench)
+    bench.config = config.parse({"root": str(root), "retriever": {"search": {"benchmark": SIZES}}})
+    bench.settings = bench.config.retriever.search.benchmark
+    bench.questions, bench.retriever, bench.backbone, bench.store = questions, retriever, backbone, store
+    bench.keys, bench.records = Keys.of(backbone), {}
+    bench.passes = search.Passes(backbone, store, retriever, query_batch=4)  # type: ignore[arg-type]
+    monkeypatch.setattr(benchmark, "Bench", lambda _: bench)
+    return bench
 
 
 @pytest.mark.parametrize("retriever", ["mixture"], indirect=True)
 def test_every_part_gives_its_records(
     backbone: Backbone, store: MemoryStore, retriever: Retriever, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "LAYER_4B", {"d": 64, "heads": 4, "groups": 2, "e": 16, "tokens": 8})
-    chosen = config.parse({"root": str(tmp_path), "retriever": {"search": {"benchmark": SIZES}}})
-    bench: Any = object.__new__(Bench)
-    bench.config, bench.settings = chosen, chosen.retriever.search.benchmark
-    bench.questions, bench.retriever, bench.backbone, bench.store = questions, retriever, backbone, store
-    bench.keys, bench.records = Keys.of(backbone), {}
-    bench.passes = search.Passes(backbone, store, retriever, query_batch=4)  # type: ignore[arg-type]
-    monkeypatch.setattr(benchmark, "Bench", lambda _: bench)
+    bench = made(backbone, store, retriever, questions, tmp_path, monkeypatch)
+    chosen = bench.config
     kept: list[list[dict[str, Any]]] = []
     records = benchmark.run(chosen, kept.append)
     assert kept[-1] == records
@@ -81,6 +99,19 @@ def test_every_part_gives_its_records(
     assert set(drawn) == {"recall.png", "latency.png", "batch.png", "rows.png"} == set(os.listdir(tmp_path / "benchmark" / "search"))
     assert all(image.startswith(b"\x89PNG") for image in drawn.values())
     assert set(benchmark.figures({name: value for name, value in values.items() if name.startswith("latency_")})) == {"latency.png"}
+
+
+@pytest.mark.parametrize("retriever", ["per_head"], indirect=True)
+def test_every_part_runs_in_bfloat16(
+    folder: Path, store: MemoryStore, retriever: Retriever, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(str(folder), dtype="bfloat16", device="cpu")
+    bench = made(backbone, store, retriever, questions, tmp_path, monkeypatch)
+    benchmark.run(bench.config, lambda _: None)
+    timed = {"exact", "gemm", "reverse", "linear", "chunked", "naive", "naive_hidden", "sentence_transformers", "int8", "faiss_flat"}
+    assert {f"pool_{name}" for name in timed} | {"shape_naive_hidden", "batch_4_int8", "ivf_4_recall_20"} <= set(bench.records)
+    assert bench.records["search_same_top_20"][0] > 0.5
+    assert {name for name in bench.records if name.startswith("latency_total")} == {"latency_total_median", "latency_total_p99"}
 
 
 def test_the_workers_of_a_search_are_started_once(
