@@ -11,7 +11,8 @@ An experiment holds the runs of one configuration file (`tracking.experiment` na
 a run are the resolved configuration; nothing of the environment is logged, and a password in a URL is masked. A step that makes an
 artifact logs the machine's load too (`system/...`, every ten seconds; `tracking.system_metrics`).
 A process other than the one that opened a run (a training worker) continues it with `attach(run.uri, run.run_id)`.
-MLflow is imported only when a run is opened: it takes seconds.
+A store that does not answer is told at once where a run is to be opened; what is logged to an open run is tried again for `PATIENCE`
+seconds, as a server is started again now and then beside hours of work. MLflow is imported only when a run is opened: it takes seconds.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ _METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch
 _PARAMS_A_BATCH = 100
 _VALUE_LENGTH = 6000
 _DIGEST_LENGTH = 36
+PATIENCE = 300.0  # seconds that what is logged to an open run is tried for; other workers wait for the one that logs, NCCL ten minutes
+PAUSE = 10.0  # seconds between two tries
 COMMIT = "INTRA_COMMIT"  # the variable that names the commit of code without a repository
 
 _current: ContextVar[Run | None] = ContextVar("run", default=None)
@@ -62,18 +66,16 @@ class Run:
 
         now = int(time.time() * 1000)
         entries = [Metric(_metric_name(name), float(value), now, step or 0) for name, value in metrics.items()]
-        with _named(self.uri):
-            for start in range(0, len(entries), _METRICS_A_BATCH):
-                self._client.log_batch(self.run_id, metrics=entries[start : start + _METRICS_A_BATCH])
+        for start in range(0, len(entries), _METRICS_A_BATCH):
+            self._call(self._client.log_batch, self.run_id, metrics=entries[start : start + _METRICS_A_BATCH])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; nested mappings are flattened to dotted names."""
         from mlflow.entities import Param
 
         entries = [Param(_metric_name(name), _masked(str(value))[:_VALUE_LENGTH]) for name, value in flatten(params).items()]
-        with _named(self.uri):
-            for start in range(0, len(entries), _PARAMS_A_BATCH):
-                self._client.log_batch(self.run_id, params=entries[start : start + _PARAMS_A_BATCH])
+        for start in range(0, len(entries), _PARAMS_A_BATCH):
+            self._call(self._client.log_batch, self.run_id, params=entries[start : start + _PARAMS_A_BATCH])
 
     def log_artifact(self, content: Path | str | bytes, name: str) -> None:
         """A file as `name` (which may hold folders): a Path is read, a str is the text itself, bytes are the bytes."""
@@ -82,7 +84,7 @@ class Run:
             file = Path(temporary) / base
             data = content.read_bytes() if isinstance(content, Path) else content
             file.write_bytes(data.encode() if isinstance(data, str) else data)
-            self._client.log_artifact(self.run_id, str(file), folder or None)
+            self._call(self._client.log_artifact, self.run_id, str(file), folder or None)
 
     def log_input(self, name: str, digest: str, source: str) -> None:
         """A data set this run read: its name, the digest of its bytes (MLflow keeps 36 characters) and its place."""
@@ -90,49 +92,44 @@ class Run:
 
         kind = "s3" if storage.is_s3(source) else "local"
         dataset = Dataset(name, digest[:_DIGEST_LENGTH], kind, json.dumps({"uri": source}), profile=json.dumps({"digest": digest}))
-        with _named(self.uri):
-            self._client.log_inputs(self.run_id, [DatasetInput(dataset)])
+        self._call(self._client.log_inputs, self.run_id, [DatasetInput(dataset)])
 
     def register_model(self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]) -> str:
         """Files (by name; no pickle) as a version of the registered model `name`; returns the version.
 
         A version with the same tag `fingerprint` is that model already, and is left as it is.
         """
-        from mlflow.exceptions import MlflowException
-
-        with _named(self.uri):
-            with contextlib.suppress(MlflowException):  # it is there already
-                self._client.create_registered_model(
-                    name, description="Retrieval tokens and layer and head weights of INTRA (safetensors)."
-                )
-            known = _version(self._client, name, tags["fingerprint"])
-            if known is not None:
-                return known
+        self._call(_register, self._client, name)
+        known: str | None = self._call(_version, self._client, name, tags["fingerprint"])
+        if known is not None:
+            return known
         for file, content in files.items():
             self.log_artifact(content, f"{name}/{file}")
-        with _named(self.uri):
-            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{name}"
-            return str(self._client.create_model_version(name, source, self.run_id, tags=dict(tags)).version)
+        source = f"{self._call(self._client.get_run, self.run_id).info.artifact_uri}/{name}"
+        return str(self._call(self._client.create_model_version, name, source, self.run_id, tags=dict(tags)).version)
 
     def tag_model(self, name: str, fingerprint: str, tags: Mapping[str, str]) -> None:
         """Tags for the version of a registered model with that fingerprint, where there is one."""
-        with _named(self.uri):
-            version = _version(self._client, name, fingerprint)
-            for key, value in tags.items() if version is not None else ():
-                self._client.set_model_version_tag(name, version, _metric_name(key), value)
+        version = self._call(_version, self._client, name, fingerprint)
+        for key, value in tags.items() if version is not None else ():
+            self._call(self._client.set_model_version_tag, name, version, _metric_name(key), value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        with _named(self.uri):
-            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self._call(self._client.log_batch, self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return _patient(self.uri, lambda: function(*arguments, **named))
 
     @contextlib.contextmanager
     def child(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
         """A run below this one."""
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        with _open(self._client, self.uri, self._experiment_id, name, {**(tags or {}), MLFLOW_PARENT_RUN_ID: self.run_id}) as run:
+        below = {**(tags or {}), MLFLOW_PARENT_RUN_ID: self.run_id}
+        made = self._call(self._client.create_run, self._experiment_id, run_name=name, tags=below)
+        with _ended(Run(self._client, self.uri, self._experiment_id, made.info.run_id)) as run:
             yield run
 
 
@@ -155,7 +152,8 @@ def step(config: Config, name: str, artifact: Artifact | None = None) -> Iterato
         client = _client(uri)
         with _named(uri):
             experiment = _experiment(client, config, location)
-        opened = _open(client, uri, experiment, name, tags)
+            made = client.create_run(experiment, run_name=name, tags=dict(tags))
+        opened = _ended(Run(client, uri, experiment, made.info.run_id))
     with opened as run:
         run.log_params(config.model_dump())
         run.log_artifact(json.dumps(resolved(config), indent=1), "config.json")
@@ -181,8 +179,7 @@ def current() -> Run | None:
 def attach(uri: str, run_id: str) -> Run:
     """The run `run_id` of another process, to log to; the process that opened it ends it."""
     client = _client(uri)
-    with _named(uri):
-        experiment = client.get_run(run_id).info.experiment_id
+    experiment = _patient(uri, lambda: client.get_run(run_id)).info.experiment_id
     return Run(client, uri, experiment, run_id)
 
 
@@ -302,30 +299,39 @@ def _version(client: Any, name: str, fingerprint: str) -> str | None:
     return next((str(one.version) for one in found if one.tags.get("fingerprint") == fingerprint), None)
 
 
+def _register(client: Any, name: str) -> None:
+    """Makes the registered model where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description="Retrieval tokens and layer and head weights of INTRA (safetensors).")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 @contextlib.contextmanager
-def _open(client: Any, uri: str, experiment_id: str, name: str, tags: Mapping[str, str]) -> Iterator[Run]:
-    with _named(uri):
-        info = client.create_run(experiment_id, run_name=name, tags=dict(tags)).info
-    run = Run(client, uri, experiment_id, info.run_id)
+def _ended(run: Run) -> Iterator[Run]:
+    """The run as the one that is open; ended as FINISHED, FAILED or KILLED."""
     token = _current.set(run)
     try:
         yield run
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         try:
-            client.set_terminated(run.run_id, status)
+            run._client.set_terminated(run.run_id, status)  # no patience: the store may be what failed, or the user waits for the end
         except Exception as second:  # the step's own error matters more than that of the tracking store
-            LOGGER.warning("MLflow run %s could not be ended as %s: %s", run.run_id, status, second)
+            LOGGER.warning("MLflow run %s could not be ended as %s: %s", run.run_id, status, _one_line(second))
         raise
     finally:
         _current.reset(token)
-    with _named(uri):
-        client.set_terminated(run.run_id, "FINISHED")
+    run._call(run._client.set_terminated, run.run_id, "FINISHED")
 
 
 def _client(uri: str) -> Any:
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    # A server that does not answer must fail the step in seconds, before hours of work; by default MLflow retries for minutes.
+    # A server that does not answer must fail the step in seconds, before hours of work; by default MLflow retries for minutes. Those of an
+    # open run are spent in `_patient`, which says so.
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -337,8 +343,17 @@ def _client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("mlflow", "sqlalchemy.engine", "alembic"):  # each with a handler of its own, which MLflow has just given it
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_masks)
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"the folder {folder} cannot be made ({error.strerror})"
+            remedy = "set tracking.uri, or root where that is null, to a place that can be written to"
+            raise UserError(f"MLflow store {_masked(uri)}: {reason}; {remedy}") from error
     with _named(uri):
         return MlflowClient(tracking_uri=uri)
 
@@ -355,20 +370,85 @@ def _experiment(client: Any, config: Config, location: str | None) -> str:
 
 @contextlib.contextmanager
 def _named(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except _errors() as error:
+        raise _failed(uri, error) from _cause(uri, error)
+
+
+def _patient(uri: str, call: Callable[[], Any]) -> Any:
+    """What `call` returns. A store that does not answer is tried again for PATIENCE seconds, which is said once.
+
+    Raises WorkflowError when they are over, or where another try would help nothing.
+    """
+    deadline, told = time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            return call()
+        except _errors() as error:
+            if not _passes(error) or time.monotonic() + PAUSE > deadline:
+                raise _failed(uri, error) from _cause(uri, error)
+            if not told:
+                line = f"MLflow store {_masked(uri)}: {_one_line(error)}; it is tried again for up to {PATIENCE / 60:g} minutes"
+                print(line, file=sys.stderr, flush=True)
+                told = True
+        time.sleep(PAUSE)
+
+
+def _errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        reason = _masked(" ".join(str(error).split())[:300])
-        raise WorkflowError(f"MLflow store {_masked(uri)}: {reason}; check tracking.uri, or leave it null for a local store") from error
+    return MlflowException, RequestException, SQLAlchemyError, OSError
+
+
+def _passes(error: Exception) -> bool:
+    """Whether it may be over in a minute: no answer, or a server or database that is out of order; not one that refuses."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    if isinstance(error, MlflowException):
+        status = int(error.get_http_status_code())  # 500 of a request that was not answered
+    elif isinstance(error, RequestException):
+        status = error.response.status_code if error.response is not None else 500
+    else:
+        return not isinstance(error, OSError)  # of a database; else of a file
+    return status in (408, 429, 500, 502, 503, 504)
+
+
+def _failed(uri: str, error: Exception) -> WorkflowError:
+    return WorkflowError(f"MLflow store {_masked(uri)}: {_one_line(error)}; check tracking.uri, or leave it null for a local store")
+
+
+def _cause(uri: str, error: Exception) -> Exception | None:
+    """The error, for a traceback; None where its text would tell a password."""
+    return error if _masked(uri) == uri else None
+
+
+def _one_line(error: Exception) -> str:
+    return _masked(" ".join(str(error).split()))[:300]
 
 
 def _metric_name(name: str) -> str:
     return re.sub(r"[^\w./ :-]", "_", name)
 
 
+_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
+_IN_QUERY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|access_key)=)[^&\s]+", re.IGNORECASE)
+
+
 def _masked(text: str) -> str:
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    """The text without the passwords in its URLs."""
+    return _IN_QUERY.sub(r"\1***", _IN_URL.sub("***@", text))
+
+
+def _masks(record: logging.LogRecord) -> bool:
+    """A filter of log handlers: no password in a URL is printed."""
+    try:
+        record.msg, record.args = _masked(record.getMessage()), None
+    except (TypeError, ValueError):
+        return True  # arguments that do not fit the message: the handler tells of it
+    if record.exc_info:
+        record.exc_text = _masked(record.exc_text or logging.Formatter().formatException(record.exc_info))
+    return True

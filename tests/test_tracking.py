@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,137 @@ def test_an_unreachable_server_is_one_line_that_hides_the_password(tmp_path: Pat
     assert "\n" not in message
     assert "secret" not in message
     assert "secret" not in str(tracking.resolved(config)) + tracking.how_to_open(config)
+
+
+@pytest.mark.parametrize(
+    ("uri", "masked"),
+    [
+        ("http://u:p@h:5000/x", "http://***@h:5000/x"),
+        ("http://u:p@ss@h", "http://***@h"),
+        ("postgresql://h/db?user=a&password=SECRET", "postgresql://h/db?user=a&password=***"),
+        ("https://h/?Access_Key=SECRET&x=1 and s3://b/k?X-Amz-Security-Token=SECRET", "https://h/?Access_Key=***&x=1 and s3://b/k?X-Amz-Security-Token=***"),
+        ("s3://bucket/a@b and ada@host", "s3://bucket/a@b and ada@host"),
+    ],
+)  # fmt: skip
+def test_passwords_in_urls_are_masked(uri: str, masked: str, tmp_path: Path) -> None:
+    config = configuration.parse({"root": str(tmp_path), "tracking": {"uri": uri}})
+    assert tracking.resolved(config)["tracking"]["uri"] == masked
+
+
+def test_what_mlflow_logs_hides_the_password(capsys: pytest.CaptureFixture[str]) -> None:
+    tracking._client("http://ada:SECRET@127.0.0.1:9")
+    logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
+    logger.warning("Failed to get %s.", "http://ada:SECRET@127.0.0.1:9/api")
+    try:
+        raise ValueError("postgresql://h/db?password=SECRET")
+    except ValueError:
+        logger.exception("Failed at http://ada:SECRET@127.0.0.1:9")
+    found = capsys.readouterr().err
+    assert "Failed to get http://***@127.0.0.1:9/api." in found
+    assert "ValueError: postgresql://h/db?password=***" in found
+    assert "SECRET" not in found
+
+
+class Flaky:
+    """An MLflow client whose calls fail so often, then succeed."""
+
+    def __init__(self, error: Callable[[], Exception], failures: int) -> None:
+        self.error, self.failures, self.calls = error, failures, 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: object, **named: object) -> Any:
+            self.calls += 1
+            if self.failures:
+                self.failures -= 1
+                raise self.error()
+            return type("Made", (), {"info": type("Info", (), {"run_id": "child"})})
+
+        return call
+
+
+SERVER = "http://ada:SECRET@127.0.0.1:9"
+
+
+def no_answer() -> Exception:
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException(f"API request to {SERVER}/api failed with exception Connection refused")
+
+
+def refused() -> Exception:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+    return MlflowException("Run with id=r is not there", error_code=RESOURCE_DOES_NOT_EXIST)
+
+
+def begin_child(run: tracking.Run) -> None:
+    with run.child("part"):
+        pass
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, which the clock of this test alone goes through."""
+    passed: list[float] = []
+    monkeypatch.setattr(time, "sleep", passed.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(passed))
+    monkeypatch.setattr(tracking, "PATIENCE", 120.0)
+    monkeypatch.setattr(tracking, "PAUSE", 30.0)
+    return passed
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        lambda run: run.log_metrics({"a": 1.0}),
+        lambda run: run.log_params({"a": 1}),
+        lambda run: run.log_artifact("text", "a.txt"),
+        lambda run: run.log_input("pool", "d1", "/data/pool"),
+        lambda run: run.set_tags({"a": "b"}),
+        begin_child,
+    ],
+)
+def test_an_open_run_outlives_a_server_that_is_started_again(
+    log: Callable[[tracking.Run], None], pauses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tracking.Run(Flaky(no_answer, 3), SERVER, "0", "r")
+    log(run)
+    assert pauses == [30.0] * 3
+    assert capsys.readouterr().err == (
+        "MLflow store http://***@127.0.0.1:9: API request to http://***@127.0.0.1:9/api failed with exception Connection refused; "
+        "it is tried again for up to 2 minutes\n"
+    )
+
+
+@pytest.mark.parametrize(("error", "tries"), [(no_answer, 5), (refused, 1), (lambda: PermissionError("a.txt"), 1)])
+def test_patience_has_an_end_and_none_for_what_stays(error: Callable[[], Exception], tries: int, pauses: list[float]) -> None:
+    client = Flaky(error, 99)
+    with pytest.raises(WorkflowError, match=r"^MLflow store http://\*\*\*@127.0.0.1:9: .*; check tracking\.uri") as failure:
+        tracking.Run(client, SERVER, "0", "r").log_metrics({"a": 1.0})
+    assert (client.calls, len(pauses)) == (tries, tries - 1)
+    assert failure.value.__cause__ is None  # its text would tell the password, where a traceback is shown
+
+
+def test_a_failed_step_tells_once_that_its_run_is_not_ended(pauses: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    client = Flaky(no_answer, 99)
+    with pytest.raises(UserError, match="no such key"), tracking._ended(tracking.Run(client, SERVER, "0", "r")):
+        raise UserError("no such key")
+    assert (client.calls, pauses) == (1, [])
+    assert "MLflow run r could not be ended as FAILED: API request to http://***@127.0.0.1:9/api" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+@pytest.mark.parametrize("place", ["/proc/x/y.db", "{file}/x/y.db"])
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    uri = "sqlite:///" + place.format(file=tmp_path / "file")
+    config = configuration.parse({"root": str(tmp_path / "root"), "tracking": {"uri": uri}})
+    with pytest.raises(UserError) as failure, tracking.step(config, "encode"):
+        pytest.fail("the step must not begin")
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    assert str(failure.value).startswith(f"MLflow store {uri}: the folder {folder} cannot be made (N")
+    assert str(failure.value).endswith("; set tracking.uri, or root where that is null, to a place that can be written to")
 
 
 def test_the_environment_is_never_logged(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
