@@ -3,7 +3,7 @@
 A URL here is a local path, `file:///...` or `s3://bucket/prefix`. Every write is atomic: a reader sees the whole object
 or none (local: temporary file and rename; S3: one put). Credentials, region and endpoint come from the environment's
 usual AWS variables. A storage failure is a `WorkflowError` that names the URL; a missing object is FileNotFoundError. A place that cannot
-be, below a file or in a bucket that is not there, is a `UserError`.
+be, below a file, in a bucket that is not there or of another scheme, is a `UserError`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from intra.errors import UserError, WorkflowError
 
 PIECE = 32 * 1024**2  # bytes of a large object read at once
 TOGETHER = 4  # pieces on their way at once
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
+_KNOWN = re.compile(r"s3://[^/]|file://.")
 
 
 class NotAFolder(UserError, NotADirectoryError):
@@ -38,8 +41,13 @@ def is_s3(url: str) -> bool:
     return url.startswith("s3://")
 
 
-def absolute(url: str) -> str:
-    """The URL as any process of a cluster must read it: s3:// as it is, a local path made absolute."""
+def absolute(url: str, name: str = "place") -> str:
+    """The URL as any process of a cluster must read it: s3:// as it is, a local path made absolute.
+
+    Raises UserError, with the `name` of the setting, where it is empty or of a scheme unknown here: either would pass for a local folder.
+    """
+    if not url.strip() or (_SCHEME.match(url) and not _KNOWN.match(url)):
+        raise UserError(f"{name}: found '{url}'; give a local folder, file:///FOLDER or s3://BUCKET/PREFIX")
     return url.rstrip("/") if is_s3(url) else str(Path(url.removeprefix("file://")).expanduser().resolve())
 
 
@@ -64,7 +72,8 @@ def _local() -> AbstractFileSystem:
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec file system of `url` and the path within it."""
-    return (_s3(), url.removeprefix("s3://")) if is_s3(url) else (_local(), absolute(url))
+    place = absolute(url)
+    return (_s3(), url.removeprefix("s3://")) if is_s3(url) else (_local(), place)
 
 
 @functools.cache
@@ -101,6 +110,10 @@ def _named(url: str, writes: bool = False) -> Iterator[None]:
                             "AWS_ENDPOINT_URL and the credentials") from error  # fmt: skip
     except _client_errors() as error:
         raise WorkflowError(f"{url}: {error}; check AWS_ENDPOINT_URL, the credentials and the bucket") from error
+    except ValueError as error:  # the first request makes S3's client
+        if not is_s3(url) or "Invalid endpoint" not in str(error):
+            raise
+        raise UserError(f"{url}: {error}; give AWS_ENDPOINT_URL with its scheme, such as http://HOST:9000") from error
 
 
 def exists(url: str) -> bool:

@@ -192,6 +192,24 @@ def test_more_files_are_read_than_may_be_open(tmp_path: Path) -> None:
     assert found == [b"%d" % (number % 10) for number in range(60)] * 2
 
 
+@pytest.mark.parametrize("url", ["", "gs://bucket/x", "S3://bucket/x", "s3://", "s3:///x"])
+@pytest.mark.parametrize("use", [*WRITES, *READS, storage.absolute])
+def test_a_place_of_another_kind_is_the_users_mistake(url: str, use: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match=f"found '{url}'; give a local folder, file:///FOLDER or s3://BUCKET/PREFIX"):
+        use(url)
+
+
+@pytest.mark.parametrize("use", [*WRITES, *READS, storage.exists])
+def test_an_endpoint_without_a_scheme_is_the_users_mistake(use: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    new = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+    monkeypatch.setattr(storage, "_s3", lambda: new)
+    with pytest.raises(
+        UserError, match=r"s3://b/x: Invalid endpoint: 127.0.0.1:9000; give AWS_ENDPOINT_URL with its scheme, such as http://"
+    ):
+        use("s3://b/x")
+
+
 def test_absolute_leaves_s3_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("s3://bucket/run/") == "s3://bucket/run"

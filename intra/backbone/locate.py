@@ -98,7 +98,10 @@ def encoder_digest(encoder: str, patterns: tuple[str, ...] = MODEL_FILES) -> str
 def package_folder(place: str) -> Path | None:
     """What `package:NAME/FOLDER` names, a folder of an installed Python package; None where it is not installed."""
     package, _, inner = place.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a.b where there is no a, and of no name
+        return None
     if found is None or not found.submodule_search_locations:
         return None
     return Path(next(iter(found.submodule_search_locations)), inner)

@@ -253,6 +253,8 @@ def test_the_attention_loss_leaves_the_matching_heads_alone(adopted_folder: Path
         ({"hidden_size": 96}, "hidden_size: found 96; the encoder .* has 48"),
         ({"encoder": "/nowhere"}, "no config.json of a model in /nowhere"),
         ({"encoder": "package:not_a_package_at_all/model"}, "the package is not installed"),
+        ({"encoder": "package:not_a_package_at_all.sub/model"}, "the package is not installed"),
+        ({"encoder": "package:/model"}, "the package is not installed"),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_refused(bert: Path, change: dict[str, Any], message: str) -> None:
