@@ -9,6 +9,7 @@ what was found, and the remedy.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +22,7 @@ from intra.data_config import DataConfig
 from intra.data_config import SyntheticConfig as SyntheticConfig
 from intra.errors import UserError
 from intra.evaluate_config import EvaluateConfig, ModelConfig
-from intra.section import Section, merged
+from intra.section import NO_NUMBER, Section, merged
 from intra.store_config import StoreConfig
 
 
@@ -322,6 +323,29 @@ class Config(Section):
         return self
 
 
+class _Twice(yaml.YAMLError):
+    """A key that is written twice in one section."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose values all count: PyYAML keeps the last of two equal keys, and raises errors of Python's for a date that there is not."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
+                before = first[key.tag, key.value].start_mark.line + 1
+                raise _Twice(f"line {key.start_mark.line + 1}: '{key.value}' stands in line {before} already; write it once")
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of `path` with `section.key=value` overrides (values are YAML).
 
@@ -348,11 +372,13 @@ def varied(config: Config, overrides: Sequence[str]) -> Config:
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file, over those of the file it `extends` (a path beside it); `above` are the files that extend this one."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file; configs/ holds the ones that come with the project") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a configuration file ({error})") from None
+    except _Twice as error:
+        raise UserError(f"{path}, {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -368,9 +394,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _anchored(config: Config) -> Config:
     """With local paths made absolute: a worker's directory is not the one the command was given in."""
-    data, backbone = config.data, config.backbone
+    data, backbone, tracking = config.data, config.backbone, config.tracking
     if data.path:
-        data = data.model_copy(update={"path": storage.absolute(data.path)})
+        data = data.model_copy(update={"path": storage.absolute(data.path, "data.path")})
     if backbone.model != "quickstart" and Path(backbone.model).expanduser().is_dir():
         backbone = backbone.model_copy(update={"model": storage.absolute(backbone.model)})
     models = {
@@ -379,9 +405,19 @@ def _anchored(config: Config) -> Config:
         else model
         for name, model in config.evaluate.models.items()
     }
-    expected = [storage.absolute(place) for place in config.evaluate.expected]
+    expected = [storage.absolute(place, "evaluate.expected") for place in config.evaluate.expected]
     evaluate = config.evaluate.model_copy(update={"models": models, "expected": expected})
-    return config.model_copy(update={"root": storage.absolute(config.root), "data": data, "backbone": backbone, "evaluate": evaluate})
+    if tracking.uri and (database := re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?![/:])(.+)", tracking.uri)):
+        tracking = tracking.model_copy(update={"uri": database[1] + storage.absolute(database[2], "tracking.uri")})
+    return config.model_copy(
+        update={
+            "root": storage.absolute(config.root, "root"),
+            "data": data,
+            "backbone": backbone,
+            "evaluate": evaluate,
+            "tracking": tracking,
+        }
+    )
 
 
 def parse(values: Mapping[str, Any], origin: str = "configuration") -> Config:
@@ -397,9 +433,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override '{override}': expected section.key=value, such as retriever.tokens=16")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
+        value = yaml.load(text, _Loader)
+    except _Twice as error:
+        raise UserError(f"override '{override}': {error}") from None
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "it holds a character that YAML does not know"
+        raise UserError(f"override '{override}': the value is not valid YAML ({reason}); quote it") from None
     *sections, last = key.split(".")
     place = values
     for section in sections:
@@ -419,6 +458,8 @@ def _explain(error: Any) -> str:
         return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
     if error["type"] == "missing":
         return f"'{key}' is missing; set it in the file or as {key}=VALUE"
+    if error["type"] == NO_NUMBER:
+        return f"'{key and key + '.'}{error['ctx']['field']}': found {error['ctx']['value']}; {error['msg']}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"'{key}': found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -2,7 +2,8 @@
 
     python workflows/prepare.py --config configs/quickstart.yaml
     python workflows/prepare.py --config configs/real.yaml data.path=DATA root=runs/real --dry-run
-    ray job submit --working-dir . -- python workflows/prepare.py --config configs/paper.yaml root=s3://bucket/run data.path=s3://bucket/data
+    ray job submit --address http://HEAD:8265 --working-dir . -- python workflows/prepare.py --config configs/paper.yaml \\
+        root=s3://bucket/run data.path=s3://bucket/data tracking.uri=http://MLFLOW:5000
 
 Files of the Hugging Face hub (`repo` in `data.files`) are fetched first, unless --offline, data.offline=true or HF_HUB_OFFLINE=1; see
 `intra.data.hub`. Reads and tokenizes in `data.workers` processes: one, this one, without Ray; more with Ray Data. Their number changes
