@@ -2,13 +2,15 @@
 
     python workflows/<name>.py --config FILE [section.key=value ...] [--dry-run] [--offline]
 
-Exit status: 0 done, 1 failed, 2 the user's mistake, 3 results below expectation, 130 interrupted. Errors are one line on stderr.
+Exit status: 0 done, 1 failed, 2 the user's mistake, 3 results below expectation, 130 interrupted, 141 nobody reads the output any more.
+Errors are one line on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -54,6 +56,7 @@ def main(
             os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is first imported, here and in Ray's workers
             options.overrides.append("data.offline=true")
         config = configuration.load(options.config, options.overrides)
+        tracking.place(config)  # a place that cannot be is refused by the plan too, and before any work
         if options.dry_run:
             print(yaml.safe_dump(tracking.resolved(config), sort_keys=False, allow_unicode=True), end="")
             print("---")
@@ -69,6 +72,14 @@ def status(work: Callable[[], object]) -> int:
     """Does the work and prints what it returns, if not None, or its error in one line. Returns the exit status."""
     try:
         result = work()
+        if result is not None:
+            print(result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread():  # another pipe's
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds when it ends
+        return 141  # what a shell makes of SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -81,6 +92,11 @@ def status(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is complete", file=sys.stderr)
         return 130
-    if result is not None:
-        print(result)
     return 0
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe whose reader has gone, as `head` does."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return bool(output.poll(0))

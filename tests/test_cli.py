@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,47 @@ def test_a_dry_run_hides_the_password_of_the_tracking_server(file: str, capsys: 
     shown = capsys.readouterr().out
     assert "secret" not in shown
     assert "http://***@mlflow:5000" in shown
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_submitted_job_on_s3_without_a_server_is_refused_before_any_work(
+    file: str, option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cli.main("doc", never, never, ["--config", file, "root=s3://bucket/run", *option]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: tracking.uri: a submitted job with root=s3://bucket/run needs an MLflow server")
+    assert shown.out == ""
+
+
+ENDS = """
+import sys
+from intra import cli
+def work():
+    {body}
+sys.exit(cli.status(work))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("body", ["print('x' * 100_000)", "return 'place'"])
+def test_a_reader_that_goes_ends_it_quietly(body: str, unbuffered: str) -> None:
+    command = [sys.executable, "-c", ENDS.format(body=body)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ) as made:
+        assert made.stdout is not None
+        assert made.stderr is not None
+        made.stdout.close()
+        assert made.stderr.read() == b""
+    assert made.returncode == 141
+
+
+def test_another_broken_pipe_is_not_hidden() -> None:
+    body = "import os; ends = os.pipe(); os.close(ends[0]); os.write(ends[1], b'x')"
+    done = subprocess.run([sys.executable, "-c", ENDS.format(body=body)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError("x: bad; mend it"), 2), (WorkflowError("s3: refused; check it"), 1)])
