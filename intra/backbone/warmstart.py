@@ -297,8 +297,11 @@ def place(module: WarmStart, recipe: WarmstartConfig, device: torch.device, work
     """
     module.bfloat16 = recipe.precision == "bfloat16"
     if recipe.gradient_checkpointing:
-        module.model.activation_checkpointing_enable()
-        module.model.get_encoder().text_model.config.use_cache = False  # it has none, but would be warned of
+        if module.backbone.frozen_encoder:  # no gradient reaches it: there is nothing of it to keep
+            module.model.get_decoder().activation_checkpointing_enable()
+        else:
+            module.model.activation_checkpointing_enable()
+            module.model.get_encoder().text_model.config.use_cache = False  # it has none, but would be warned of
     if recipe.shard and workers > 1:
         mesh = torch.distributed.init_device_mesh(device.type, (workers,))
         low = torch.bfloat16 if module.bfloat16 else None

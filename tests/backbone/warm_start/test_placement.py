@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from intra.backbone.packing import EARLY, LATE, Look, PackedWorld, collate
 from intra.config import LossConfig
 from intra.errors import WorkflowError
 
+from ..test_adopted import losses
 from .conftest import LOSSES, POOLED, config, without_gradient
 
 
@@ -27,6 +29,26 @@ def test_checkpointed_layers_give_the_same_gradients(backbone: model.Backbone, s
         gradients.append({name: weight.grad for name, weight in module.named_parameters()})
         module.zero_grad(set_to_none=True)
     assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items() if gradient is not None)
+
+
+def test_over_a_frozen_encoder_too(adopted_folder: Path) -> None:
+    gradients, recomputed = [], []
+    for checkpointed in (False, True):
+        module, _, batch = losses(adopted_folder)
+        warmstart.place(module.train(), config(gradient_checkpointing=checkpointed).backbone.warmstart, torch.device("cpu"))
+        decoder = module.model.get_decoder()
+        runs: list[bool] = []
+        decoder.layers[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            module(batch)["total"].backward()
+        gradients.append({name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None})
+        recomputed.append(len(runs))
+    assert recomputed == [1, 2]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert {name for name in gradients[0] if "decoder.layers." in name}
+    assert not {name for name in gradients[0] if "encoder." in name.replace("decoder.", "") or "embed_tokens.weight" in name}
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
 
 
 def test_bfloat16_is_of_the_arithmetic_alone(backbone: model.Backbone, worlds: list[PackedWorld]) -> None:
