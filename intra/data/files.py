@@ -47,7 +47,7 @@ def kind(value: object) -> str:
 
 def listing(data: DataConfig, holds: str) -> tuple[str, list[str]]:
     """The URL of `data.path` and the names in it. Raises UserError where it is a file, absent or empty; `holds`: what should be there."""
-    url = storage.absolute(data.path or "")
+    url = storage.absolute(data.path or ".")
     if not storage.is_s3(url) and os.path.isfile(url):
         raise UserError(f"data.path={data.path}: is a file; name the folder that it lies in")
     names = storage.names(url)

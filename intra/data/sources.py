@@ -105,7 +105,7 @@ def equivalents(data: DataConfig, mistakes: Mistakes) -> list[tuple[str, ...]]:
 
 def entries(data: DataConfig) -> list[tuple[FileConfig, str]]:
     """Every input of `data.files` with its URL, globs expanded. Raises UserError where a file is missing."""
-    folder = storage.absolute(data.path or "")
+    folder = storage.absolute(data.path or ".")
     found = []
     for entry in data.files:
         url = entry.path if storage.is_s3(entry.path) or entry.path.startswith("/") else storage.join(folder, entry.path)
