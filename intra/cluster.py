@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -10,13 +11,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from intra import storage
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 
 DEATHS = 2  # of its actor that a row of Ray Data outlives
+FAILURE = "failure.json"  # below a training's folder: what no retry mends
 STARTS = 3  # of a local Ray that is slow to come up
 CARRIED = ("HF_HUB_OFFLINE",)  # of this process's environment, for the workers of a cluster it has joined; of a local Ray they inherit it
 # glibc gives a batch's freed memory back to the system, and the next batch faults it in again, page by page: 401,000 faults and .8 s of the
@@ -104,7 +107,7 @@ def joined() -> bool:
 
 
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster as it stands: {"CPU": n, "GPU": m}."""
+    """CPUs and GPUs of the cluster as it stands, this process's among them: {"CPU": n, "GPU": m}."""
     import ray
 
     found = ray.cluster_resources()
@@ -112,12 +115,31 @@ def resources() -> dict[str, float]:
 
 
 def fits(worker: Mapping[str, float]) -> int:
-    """How many workers of such a size ({"CPU": n, "GPU": m}) the machines of the cluster hold, as they stand."""
+    """How many workers of such a size ({"CPU": n, "GPU": m}) the machines of the cluster hold, as they stand, beside this process."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    own, held = _held()
     wants = {name: amount for name, amount in worker.items() if amount}
-    return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wants.items()) for node in nodes)
+    total = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            mine = held if node["NodeID"] == own else {}
+            free = {name: max(0.0, node["Resources"].get(name, 0) - mine.get(name, 0)) for name in wants}
+            total += min(int(free[name] / amount + 1e-9) for name, amount in wants.items())
+    return total
+
+
+def _held() -> tuple[str, dict[str, float]]:
+    """This process's machine, and what it keeps of it from others: what Ray gave to the task it is, as of `apart`.
+
+    But its CPUs: Ray lends them out while the task waits for others.
+    """
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return "", {}  # a driver, to which Ray gives nothing
+    context = ray.get_runtime_context()
+    return context.get_node_id(), {name: amount for name, amount in context.get_assigned_resources().items() if name != "CPU"}
 
 
 def amounts(worker: Mapping[str, float]) -> str:
@@ -126,8 +148,10 @@ def amounts(worker: Mapping[str, float]) -> str:
 
 
 def here() -> str:
-    """What the cluster has, in words, a GPU that is not there too: 7 CPU and 0 GPU."""
-    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources().items())
+    """What the cluster has, in words, a GPU that is not there too: 7 CPU and 1 GPU (this process holds 1 GPU)."""
+    found = resources()
+    held = amounts({kind: amount for kind, amount in _held()[1].items() if kind in found})
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in found.items()) + (f" (this process holds {held})" if held else "")
 
 
 def wait_for(worker: Mapping[str, float], wanted: int, minutes: float, name: str, remedy: str, least: int = 1) -> None:
@@ -245,6 +269,36 @@ def _failure(error: Exception) -> dict[str, Any]:
     traceback.print_exception(error)  # in the worker's log: this one was not foreseen
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (on {socket.gethostname()})"
     return {"failure": reason, "mistake": False, "fatal": False}
+
+
+def forget_failure(folder: str) -> None:
+    """Before a training begins, on the driver: what an earlier run could not do is tried again."""
+    storage.remove(storage.join(folder, FAILURE))
+
+
+@contextlib.contextmanager
+def final_failures(folder: str, run: str) -> Iterator[None]:
+    """Around the work of a worker of Ray Train, which starts all workers again where one raises: what a retry cannot mend is done once.
+
+    That is a UserError, and a WorkflowError that no other error led to, such as a loss that is not finite. It is noted below the training's
+    `folder`; workers that find a note of this run (the id of its MLflow run) raise what it says, before they load anything.
+    """
+    place, found = storage.join(folder, FAILURE), None
+    with contextlib.suppress(FileNotFoundError):
+        found = storage.read_json(place)
+    if found is not None and found["run"] == run:
+        raise (UserError if found["type"] == UserError.__name__ else WorkflowError)(found["message"])
+    try:
+        yield
+    except (UserError, WorkflowError) as error:
+        mistake = isinstance(error, UserError)
+        if mistake or (error.__cause__ is None and error.__context__ is None):
+            kind = UserError if mistake else WorkflowError
+            try:
+                storage.write_json(place, {"run": run, "type": kind.__name__, "message": str(error)})
+            except (UserError, WorkflowError) as second:  # the training's own error matters more
+                print(f"{second}; the training is tried again, though that will not mend it", file=sys.stderr)
+        raise
 
 
 def training_failed(name: str, error: Exception) -> UserError | WorkflowError:

@@ -7,11 +7,12 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from intra import cluster
+from intra import cluster, storage
 from intra.config import Config
 from intra.errors import UserError, WorkflowError
 
@@ -126,6 +127,49 @@ def test_a_worker_of_ray_train_tells_its_own_exception() -> None:
 
     wrapped = UserExceptionWithTraceback(UserError("no such key; mend it"), "Traceback: pages")
     assert str(cluster.training_failed("train x", WorkerGroupError("pages", {0: wrapped}))) == "train x: no such key; mend it"
+
+
+@pytest.mark.parametrize("kind", [UserError, storage.NotAFolder, WorkflowError])
+def test_what_no_retry_mends_is_done_once_in_a_run(kind: type[Exception], root: str) -> None:
+    with pytest.raises(kind, match="no such key"), cluster.final_failures(root, "r1"):
+        raise kind("no such key; mend it")
+    told = WorkflowError if kind is WorkflowError else UserError
+    assert storage.read_json(f"{root}/failure.json") == {"run": "r1", "type": told.__name__, "message": "no such key; mend it"}
+    for _ in range(2):  # every rank, in every retry
+        with pytest.raises(told, match="no such key; mend it"), cluster.final_failures(root, "r1"):
+            pytest.fail("it must not begin")
+    with cluster.final_failures(root, "r2"):  # another run than the one that noted it
+        pass
+    cluster.forget_failure(root)
+    cluster.forget_failure(root)
+    assert storage.names(root) == []
+
+
+def lost(error: Exception) -> None:
+    try:
+        raise OSError("connection reset")
+    except OSError as reason:
+        raise error from reason if isinstance(error, WorkflowError) else None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("peer gone"), WorkflowError("the bucket does not answer")])
+def test_what_a_retry_may_mend_is_done_again(error: Exception, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(type(error)), cluster.final_failures(str(tmp_path), "r1"):
+            lost(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_that_cannot_be_noted_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(url: str, content: bytes) -> None:
+        raise WorkflowError(f"{url}: no space left on the device")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    with pytest.raises(UserError, match="no such key; mend it"), cluster.final_failures(str(tmp_path), "r1"):
+        raise UserError("no such key; mend it")
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/failure.json: no space left on the device; the training is tried again")
 
 
 def test_logical_cpus_leave_some_to_spare() -> None:

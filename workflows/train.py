@@ -95,6 +95,7 @@ def _make(config: Config, artifact: Artifact, device: str, step: tracking.Run) -
             "backbone": [*model, lineage.backbone(config).fingerprint, device],
             "store_fingerprint": store.fingerprint,
             "artifact": artifact.url,
+            "training": _training(artifact),
             "checkpoints": _checkpoints(artifact),
             "tracking": [step.uri, step.run_id],
         },
@@ -139,6 +140,7 @@ def _fit(config: Config, artifact: Artifact, settings: dict[str, Any]) -> None:
         scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(name="ray", storage_path=_training(artifact), failure_config=FailureConfig(max_failures=2)),
     )
+    cluster.forget_failure(_training(artifact))
     try:
         with _progress(config, artifact):
             trainer.fit()
@@ -234,6 +236,11 @@ def _last(artifact: Artifact) -> dict[str, float]:
 
 
 def _worker(settings: dict[str, Any]) -> None:
+    with cluster.final_failures(settings["training"], settings["tracking"][1]):
+        _train(settings)
+
+
+def _train(settings: dict[str, Any]) -> None:
     """One training process. What it computes depends on the configuration, the artifacts and the checkpoint alone."""
     import ray.train
     import torch

@@ -187,6 +187,7 @@ def _fit(config: Config, training: str, step: tracking.Run) -> Any:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
+    cluster.forget_failure(training)
     try:
         with _bar(recipe.steps, progress):
             result = trainer.fit()
@@ -230,6 +231,11 @@ def _bar(steps: int, progress: str | None) -> Iterator[None]:
 
 
 def _worker(settings: dict[str, Any]) -> None:
+    with cluster.final_failures(settings["training"], settings["tracking"][1]):
+        _train(settings)
+
+
+def _train(settings: dict[str, Any]) -> None:
     """One training process. Everything it does depends on the configuration, its rank and the checkpoint alone."""
     import ray.train
     import ray.train.torch

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from intra.config import SearchConfig
 from intra.data.schema import Question
 from intra.errors import UserError, WorkflowError
 from intra.retrieval import intrinsic, search
-from intra.retrieval.fleet import Fleet
+from intra.retrieval.fleet import Fleet, Holder
 from intra.retrieval.pools import Ask, Form, Local
 from intra.retrieval.retriever import Retriever
 from intra.retrieval.scorers import Keys
@@ -74,7 +74,7 @@ class InProcess:
         patch.setattr(ray, "put", lambda value: [lambda: value])
         patch.setattr(ray, "get", self._get)
         patch.setattr(ray, "wait", lambda asked, **_: (asked[:1], asked[1:]))
-        patch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node}])
+        patch.setattr(ray, "nodes", lambda: [{"Alive": True, "NodeID": "n1", "Resources": node}])
         patch.setattr(ray, "cluster_resources", lambda: node)
 
     def _start(self, made: Callable[..., Any], *arguments: Any) -> Any:
@@ -119,6 +119,38 @@ def test_workers_that_do_not_fit_are_left_out_and_none_is_one_line(
     ):
         fleet(vectors, backbone, workers=4, gpus=1)
     assert process.started == 2
+
+
+def test_a_gpu_that_this_process_holds_is_no_workers(
+    vectors: VectorFile, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    class Task:
+        """As Ray tells the process that does a task."""
+
+        worker = type("Worker", (), {"mode": ray.WORKER_MODE})
+        held: ClassVar[dict[str, float]] = {"CPU": 8.0, "GPU": 1.0}  # the CPUs go to others while it waits for them
+
+        def get_node_id(self) -> str:
+            return "n1"
+
+        def get_assigned_resources(self) -> dict[str, float]:
+            return self.held
+
+    process = InProcess(monkeypatch, CPU=8.0, GPU=4.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", Task)
+    monkeypatch.setattr(Holder, "__init__", lambda *_: None)
+    fleet(vectors, backbone, workers=4, gpus=1)
+    assert process.started == 3
+    assert capsys.readouterr().err == "search: 3 of 4 workers (1 CPU and 1 GPU each) fit the cluster now; it goes on with those\n"
+    Task.held["GPU"] = 4.0
+    with pytest.raises(UserError, match=r"of 1 CPU and 1 GPU fits: there are 8 CPU and 4 GPU \(this process holds 4 GPU\) here; lower"):
+        fleet(vectors, backbone, workers=4, gpus=1)
+    monkeypatch.setattr(Task, "get_node_id", lambda self: "n2")
+    fleet(vectors, backbone, workers=4, gpus=1)
+    assert process.started == 3 + 4
 
 
 def test_what_a_worker_did_that_was_killed_for_memory_is_done_again(

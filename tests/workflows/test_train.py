@@ -25,6 +25,7 @@ from intra.artifact import Artifact
 from intra.backbone import locate, model
 from intra.config import Config
 from intra.data import schema
+from intra.errors import UserError
 from intra.retrieval.retriever import Retriever
 from intra.store import claim, writer
 from intra.store.format import Shard
@@ -225,6 +226,30 @@ def test_states_of_another_backbone_are_refused(prepared: Callable[..., tuple[Pa
     assert f"store {store.url}: its states are of a backbone of digest 0000000000000000, but" in error
     assert "delete the store and run workflows/encode.py" in error
     assert not Path(lineage.retriever(config).url).exists()
+
+
+def test_a_worker_started_again_raises_what_no_retry_mends_before_it_loads_anything(tmp_path: Path) -> None:
+    note = {"run": "r1", "type": "UserError", "message": "no such key; mend it"}
+    (tmp_path / "failure.json").write_text(json.dumps(note))
+    with pytest.raises(UserError, match="no such key; mend it"):
+        train._worker({"training": str(tmp_path), "tracking": ["sqlite:///x", "r1"]})
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_told_once(prepared: Callable[..., tuple[Path, Config]]) -> None:
+    file, config = prepared("diverged", learning_rate=1e38, workers=2)
+    note = Path(f"{lineage.retriever(config).url}.training") / "failure.json"
+    told = "train: step 1: loss or gradient is not a finite number; lower retriever.train.learning_rate"
+    runs = set()
+    for _ in range(2):  # the same command tries it again
+        process = start(file)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert errors.splitlines()[-1].startswith(f"error: train {lineage.retriever(config).url}: {told};")
+        found = json.loads(note.read_text())
+        assert (found["type"], found["message"]) == ("WorkflowError", told)
+        runs.add(found["run"])
+    assert len(runs) == 2
 
 
 def test_two_runs_do_not_train_one_retriever(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
