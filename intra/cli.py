@@ -19,6 +19,7 @@ import yaml
 
 from intra import config as configuration
 from intra import tracking
+from intra.backbone import locate
 from intra.config import Config
 from intra.errors import Regression, UserError, WorkflowError
 
@@ -60,8 +61,12 @@ def main(
         if options.dry_run:
             print(yaml.safe_dump(tracking.resolved(config), sort_keys=False, allow_unicode=True), end="")
             print("---")
-            for line in plan(config):
-                print(line, flush=True)
+            try:
+                with locate.nothing_fetched():
+                    for line in plan(config):
+                        print(line, flush=True)
+            except locate.NotHere as waits:
+                print(waits)
             return None
         return (getattr(options, "instead", None) or run)(config)
 

@@ -6,6 +6,7 @@ Light on purpose: no torch, no transformers, so that a plan or a finished run is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import fnmatch
 import functools
@@ -17,7 +18,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,22 @@ MODEL_TYPE = "t5gemma2"
 FROZEN = "frozen_encoder"  # key of a config.json whose encoder is a BERT (intra.backbone.adopted): the BERT's configuration
 HUB_TIMEOUT = 5.0  # seconds
 _log = logging.getLogger(__name__)
+_fetches: ContextVar[bool] = ContextVar("fetches", default=True)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class NotHere(UserError):
+    """Weights that would have to be fetched."""
+
+
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Within it weights come from no hub and no S3: NotHere where they have not been fetched yet. A tokenizer, which is small, does."""
+    token = _fetches.set(False)
+    try:
+        yield
+    finally:
+        _fetches.reset(token)
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -152,7 +169,20 @@ def _folder(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path
         raise UserError(f"backbone.model '{model}' is a file; give the directory that holds config.json and the weights")
     if not on_hub(model):
         raise UserError(f"backbone.model '{model}': no such directory; give 'quickstart', a directory, an s3:// folder or a hub id")
-    return _from_hub(model, revision, patterns)
+    return _kept(model, revision) if patterns == MODEL_FILES and not _fetches.get() else _from_hub(model, revision, patterns)
+
+
+def _kept(model: str, revision: str | None) -> Path:
+    """The folder of a model on the hub as it was fetched last. Raises NotHere where its weights are not all there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        _check_weights(model, folder)
+    except (LocalEntryNotFoundError, UserError):
+        raise NotHere(f"waits for the weights of '{model}', which a run fetches from the hub") from None
+    return folder
 
 
 def _from_s3(url: str, patterns: tuple[str, ...]) -> Path:
@@ -173,6 +203,8 @@ def _from_s3(url: str, patterns: tuple[str, ...]) -> Path:
     target, partial = cache / mark, cache / f"{mark}.partial"
     if target.is_dir():
         return target
+    if patterns == MODEL_FILES and not _fetches.get():
+        raise NotHere(f"waits for the weights of '{url}', which a run fetches")
     with (cache / f"{mark}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or its process ends
         if not target.is_dir():

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from intra import lineage, storage, tracking
+from intra import cli, lineage, storage, tracking
 from intra.backbone import card, curriculum, locate, model, tiny
 from intra.backbone import warmstart as training
 from intra.config import ArchitectureConfig, Config, LossConfig, load
@@ -109,6 +109,13 @@ def test_a_missing_dataset_is_the_users_mistake(config: Config) -> None:
         warmstart.run(config)
 
 
+def test_a_worker_started_again_raises_what_no_retry_mends_before_it_loads_anything(tmp_path: Path) -> None:
+    note = {"run": "r1", "type": "WorkflowError", "message": "loss is not finite; lower it"}
+    (tmp_path / "failure.json").write_text(json.dumps(note))
+    with pytest.raises(WorkflowError, match="loss is not finite; lower it"):
+        warmstart._worker({"training": str(tmp_path), "tracking": ["sqlite:///x", "r1"]})
+
+
 def test_two_runs_do_not_train_one_backbone(config: Config) -> None:
     prepare.run(config)
     backbone = lineage.backbone(config)
@@ -132,6 +139,50 @@ def test_training_questions_without_answers_are_refused(tmp_path: Path, losses: 
     assert lineage.dataset(config).url == dataset
     with pytest.raises(UserError, match=r"backbone\.train: training questions have no answer \(1 of lakes\); add their answers, or set"):
         warmstart.run(config)
+
+
+@pytest.mark.parametrize("overrides", [["backbone.initial=model"], ["backbone.train=false"]])
+def test_a_dry_run_fetches_no_weights(
+    config: Config, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def from_hub(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+        assert patterns != locate.MODEL_FILES, "weights are fetched"
+        return locate.QUICKSTART  # a tokenizer
+
+    def cached(name: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert local_files_only
+        if not cache:
+            raise LocalEntryNotFoundError("not here")
+        return str(cache[0])
+
+    cache: list[Path] = []
+    monkeypatch.setattr(locate, "_from_hub", from_hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    arguments = ["--config", str(tmp_path / "small.yaml"), "backbone.model=someone/large", *overrides, "--dry-run"]
+    partly = tmp_path / "partly"  # as a plan that asked for the tokenizer leaves it
+    partly.mkdir()
+    (partly / "config.json").write_text("{}")
+    for found in ([], [partly]):
+        cache[:] = found
+        assert cli.main(None, warmstart.plan, warmstart.run, arguments) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "waits for the weights of 'someone/large', which a run fetches from the hub"
+    cache[:] = [locate.QUICKSTART]
+    assert cli.main(None, warmstart.plan, warmstart.run, arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("warmstart: ")
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_dry_run_fetches_no_weights_from_s3(config: Config, tmp_path: Path, s3_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    storage.upload(locate.QUICKSTART, s3_root)
+    arguments = ["--config", str(tmp_path / "small.yaml"), f"backbone.model={s3_root}", "backbone.train=false", "--dry-run"]
+    assert cli.main(None, warmstart.plan, warmstart.run, arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"waits for the weights of '{s3_root}', which a run fetches"
+    locate.resolve(s3_root)
+    assert cli.main(None, warmstart.plan, warmstart.run, arguments) == 0
+    assert "nothing to train" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_without_training_the_given_model_is_the_backbone(tmp_path: Path) -> None:
