@@ -214,7 +214,7 @@ def _search(bench: Bench) -> None:
     bench.add("search_reverse_error", furthest, "of the spread, of all batches")
     bench.add("search_coarse_candidates", coarse, "of the cascade's scan")
     scans = [("cascade", intrinsic.cascade(pool, coarse), list(CANDIDATES))]
-    if bench.backbone.device.type != "cuda":
+    if not bench.sample.is_cuda:
         pooled = next(iter(bench.part.tiles(min(ALIGN, len(bench.part)))))[1].to(bench.keys.projections.dtype)
         fewer = intrinsic.pruned(bench.asks[0], bench.keys, pooled, PRUNED)
         bench.add("search_pruned_heads", sum(map(sum, fewer.kept or ())), f"of {bench.backbone.layers * bench.backbone.heads}")

@@ -253,7 +253,7 @@ class Tokens:
                 places = [place for place, each in enumerate(sizes) if each == size]
                 filled = torch.stack([states[place][torch.arange(size) % len(states[place])] for place in places])
                 tile = self._tile(filled.to(self._keys.projections.device), [mine[place] for place in places], ask.kind)
-                part = components(ask.part(question), self._keys, Form(), tile, [torch.arange(len(places), device=filled.device)])[0]
+                part = components(ask.part(question), self._keys, Form(), tile, [torch.arange(len(places), device=tile.vectors.device)])[0]
                 z = z if z.numel() else part.new_empty(len(part), len(mine))
                 z[:, places] = part
             found.append(z)
