@@ -1,8 +1,9 @@
 """One table of an ablation: its rows over all seeds, with intervals, and each row's paired difference from the first.
 
-A record is {row, benchmark, metric, value, low, high, n, seeds, difference, difference_low, difference_high}: the mean over the
+A record is {row, benchmark, metric, value, low, high, n, seeds, difference, difference_low, difference_high}: the mean over the n
 questions of all seeds with its 95 % interval, the means of the seeds, and, where the first row was asked the same questions, the
-mean difference from it on those, with its interval.
+mean difference from it on those, with its interval. A question that several seeds ask (real text: the world is no seed's) counts once, by
+its mean over these: more seeds are no more questions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from intra.evaluation import results
-from intra.evaluation.intervals import bootstrap
+from intra.evaluation.intervals import Floats, bootstrap
 from intra.evaluation.results import Record
 
 Table = list[dict[str, Any]]  # rows of per_question.parquet, of one method
@@ -26,19 +27,24 @@ def records(tables: Mapping[str, Mapping[int, Table]], names: Sequence[str], res
     for row, by_seed in tables.items():
         metrics = [name for name in names if all(name in item for table in by_seed.values() for item in table[:1])]
         slices: dict[str, dict[tuple[int, str], list[float]]] = {}
+        texts: dict[tuple[int, str], str] = {}
         for seed, table in by_seed.items():
             for item in table:
+                texts[seed, item["question_id"]] = item["question"]
                 for benchmark in dict.fromkeys(
                     [item["benchmark"], f"{item['benchmark']}/{item['type']}" if item["type"] else item["benchmark"]]
                 ):
                     slices.setdefault(benchmark, {})[seed, item["question_id"]] = [item[name] for name in metrics]
         asked = {(seed, item["question_id"]): [item.get(name, np.nan) for name in metrics] for seed, t in reference.items() for item in t}
         for benchmark, values in sorted(slices.items()):
-            matrix = np.array(list(values.values()), dtype=np.float64)
+            every = np.array(list(values.values()), dtype=np.float64)
+            questions = [(question_id, texts[seed, question_id]) for seed, question_id in values]
+            matrix = _by_question(every, questions)
             low, high = bootstrap(matrix, resamples, 0)
             seeds = [np.mean([value for (seed, _), value in values.items() if seed == one], axis=0) for one in by_seed]
             paired = set(values) <= set(asked)
-            difference = matrix - np.array([asked[key] for key in values]) if paired else np.full_like(matrix, np.nan)
+            difference = every - np.array([asked[key] for key in values]) if paired else np.full_like(every, np.nan)
+            difference = _by_question(difference, questions)
             below, above = bootstrap(difference, resamples, 0)
             for place, metric in enumerate(metrics):
                 known = paired and not np.isnan(difference[:, place]).any()
@@ -53,6 +59,14 @@ def records(tables: Mapping[str, Mapping[int, Table]], names: Sequence[str], res
                     }
                 )  # fmt: skip
     return made
+
+
+def _by_question(values: Floats, questions: Sequence[tuple[str, str]]) -> Floats:
+    """The means of the rows that are of one question (id and text), in the order in which the questions first stand."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, question in enumerate(questions):
+        rows.setdefault(question, []).append(row)
+    return np.array([values[mine].mean(axis=0) for mine in rows.values()])
 
 
 def markdown(found: Sequence[Record], metric: str) -> str:

@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 
 from intra.evaluation import ablation
+from intra.evaluation.intervals import bootstrap
 
 
-def table(values: dict[str, float], metric: str = "em", kind: str = "bridge") -> ablation.Table:
-    return [{"question_id": name, "benchmark": "world", "type": kind, metric: value} for name, value in values.items()]
+def table(values: dict[str, float], metric: str = "em", kind: str = "bridge", world: str = "") -> ablation.Table:
+    return [
+        {"question_id": name, "question": f"{name} {world}?", "benchmark": "world", "type": kind, metric: value}
+        for name, value in values.items()
+    ]
 
 
 def test_means_seeds_and_paired_differences() -> None:
-    first = {0: table({"a": 1.0, "b": 0.0}), 1: table({"a": 1.0, "b": 1.0})}
-    second = {0: table({"a": 0.0, "b": 0.0}), 1: table({"a": 0.0, "b": 1.0})}
+    first = {0: table({"a": 1.0, "b": 0.0}), 1: table({"a": 1.0, "b": 1.0}, world="other")}
+    second = {0: table({"a": 0.0, "b": 0.0}), 1: table({"a": 0.0, "b": 1.0}, world="other")}
     records = ablation.records({"first": first, "second": second}, ["em", "f1"], 200)
     assert {record["metric"] for record in records} == {"em"}
     found = {(record["row"], record["benchmark"]): record for record in records}
@@ -23,6 +27,34 @@ def test_means_seeds_and_paired_differences() -> None:
     assert (one["value"], one["seeds"], one["n"], one["difference"]) == (0.75, [0.5, 1.0], 4, 0.0)
     assert (two["value"], two["seeds"], two["difference"]) == (0.25, [0.0, 0.5], -0.5)
     assert two["difference_low"] <= -0.5 <= two["difference_high"] <= 0.0
+
+
+def test_more_seeds_on_the_same_questions_are_no_more_questions() -> None:
+    """Identical tables have one interval, of a row and of a difference, however many; a question's mean over seeds is resampled."""
+    generator = np.random.default_rng(0)
+    values, others = ({f"q{n}": float(value) for n, value in enumerate(generator.integers(0, 2, 80))} for _ in range(2))
+
+    def found(count: int) -> list[dict[str, object]]:
+        seeds = range(count)
+        made = ablation.records({"first": {s: table(values) for s in seeds}, "second": {s: table(others) for s in seeds}}, ["em"], 500)
+        return [{key: value for key, value in record.items() if key != "seeds"} for record in made]
+
+    assert found(1) == found(3)
+    assert found(3)[0]["n"] == 80
+    other = {name: 1 - value for name, value in values.items()}
+    swapped = ablation.records({"first": {0: table(values), 1: table(other)}}, ["em"], 500)[0]
+    assert (swapped["value"], swapped["low"], swapped["high"], swapped["n"]) == (0.5, 0.5, 0.5, 80)
+    assert swapped["seeds"] == [pytest.approx(np.mean(list(values.values()))), pytest.approx(np.mean(list(other.values())))]
+
+
+def test_the_questions_of_several_worlds_are_all_resampled() -> None:
+    """Their ids are the same, their texts are not."""
+    generator = np.random.default_rng(0)
+    worlds = {s: {f"q{n}": float(value) for n, value in enumerate(generator.integers(0, 2, 40))} for s in range(3)}
+    found = ablation.records({"first": {s: table(values, world=str(s)) for s, values in worlds.items()}}, ["em"], 500)[0]
+    pooled = np.array([[value] for values in worlds.values() for value in values.values()])
+    low, high = bootstrap(pooled, 500, 0)
+    assert (found["n"], found["value"], found["low"], found["high"]) == (120, pooled.mean(), low[0], high[0])
 
 
 def test_rows_that_were_asked_other_questions_have_no_difference() -> None:
