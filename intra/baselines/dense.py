@@ -108,12 +108,12 @@ class Dense(_Vectors):
         if short:  # the cells looked into hold fewer: all of them do not
             index.nprobe = lists
             found |= self._from(index, short, k)
-        step = max(1, len(questions) // self._ivf.checked)
-        checked = questions[::step][: self._ivf.checked]
+        count = min(self._ivf.checked, len(questions))
+        checked = [questions[place * len(questions) // count] for place in range(count)]
         exact = super().search(checked, k)
         hits = sum(len({chunk for chunk, _ in found[key]} & {chunk for chunk, _ in ranking}) for key, ranking in exact.items())
         recall = hits / sum(len(ranking) for ranking in exact.values())
-        probes, count = min(self._ivf.probes, lists), len(checked)
+        probes = min(self._ivf.probes, lists)
         self.facts = {"ivf_lists": lists, "ivf_probes": probes, "ivf_recall": recall, "ivf_recall_k": k, "ivf_recall_questions": count,
                       "ivf_exhaustive": len(short)}  # fmt: skip
         print(f"{self.name}: inverted file of {lists:,} cells, {probes} read: {recall:.3f} of the exact top {k} ({count:,} questions)"

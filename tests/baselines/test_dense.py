@@ -235,6 +235,10 @@ def test_an_inverted_file_tells_its_recall(
     known = {(key, chunk): score for key, row in expected.items() for chunk, score in row}
     assert all(known.get((key, chunk), score) == score for key, row in ranking.items() for chunk, score in row)
     assert few.operations(questions) < exact.operations(questions)
+    for checked in (5, 6):  # of nine questions, from the whole of them: not the first alone
+        part, _ = found(lists=20, probes=2, checked=checked)
+        chosen = {5: [0, 1, 3, 5, 7], 6: [0, 1, 3, 4, 6, 7]}[checked]
+        assert part.facts["ivf_recall"] == pytest.approx(np.mean([hits[place] for place in chosen]))
     alone, ranking = found(lists=300, probes=1, checked=3)  # a cell of two texts: no ten to be found there
     assert alone.facts["ivf_exhaustive"] > 0
     assert alone.facts["ivf_recall_questions"] == 3
