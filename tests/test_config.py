@@ -39,7 +39,8 @@ def test_the_scheduled_night_is_a_configuration_that_finds_everything_on_the_clu
     assert (config.root, config.data.path) == ("s3://BUCKET/nightly", "s3://BUCKET/data")  # no worker sees a folder of the driver's
     assert config.tracking.uri is not None
     assert [group["minReplicas"] for group in cluster["spec"]["workerGroupSpecs"]] == [0]
-    assert config.cluster.wait_minutes > 0  # at night there is no worker, until the autoscaler adds one
+    for path in (named.removeprefix("--config="), "configs/paper-data.yaml", "configs/nightly.yaml"):
+        assert configuration.load(PROJECT / path).cluster.wait_minutes > 0  # at night there is no worker, until the autoscaler adds one
     assert cluster["spec"]["authOptions"] == {"mode": "token"}
     token = {"secretKeyRef": {"name": cluster["metadata"]["name"], "key": "auth_token"}}  # as KubeRay names it
     assert container["env"] == [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
