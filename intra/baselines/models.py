@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ Floats = NDArray[np.float32]
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "artifact.metadata", "*/*.json", "*/*.safetensors")
 _MODULES = {"Transformer", "Pooling", "Normalize"}  # of a sentence-transformers folder: what the table replaces
+# The layers of an XLM-RoBERTa as flash-attention's modules name them (Jina's reranker), and as transformers does; _FUSED: all three of it.
+_FLASH = (
+    (".emb_ln.", ".embeddings.LayerNorm."), (".encoder.layers.", ".encoder.layer."), (".mixer.out_proj.", ".attention.output.dense."),
+    (".norm1.", ".attention.output.LayerNorm."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."),
+    (".norm2.", ".output.LayerNorm."),
+)  # fmt: skip
+_FUSED = ".mixer.Wqkv."
 
 
 def digest(name: str, settings: ModelConfig) -> str:
@@ -126,7 +134,7 @@ class Late:
         self._name, self._settings = name, settings
         if settings.projection:
             _check_projection(name, place)
-            with quiet():
+            with _imports(name), quiet():
                 self.model: Any = library.MultiVectorEncoder(
                     str(place), device=device_of(device), local_files_only=True, trust_remote_code=False,
                     model_kwargs={"dtype": settings.dtype, "use_safetensors": True}, processor_kwargs={"padding_side": "right"},
@@ -171,14 +179,15 @@ class Cross:
     """A cross-encoder: (question, passage) to a score."""
 
     def __init__(self, name: str, settings: CrossConfig, device: str, threads: int) -> None:
-        """Raises UserError: sentence-transformers is not installed, or the files lack a weight, such as the head that gives the score."""
+        """Raises UserError: sentence-transformers is not installed, or the files lack a weight, such as the head that gives the score, or
+        hold one of another architecture."""
         place = folder(name, settings)
         library = sentence_transformers(name, threads)
         if settings.remote_code:
             _check_code(name, place)
-        with quiet(), _nothing_random(name, place):
+        with _imports(name), quiet(), _nothing_random(name, place), _renamed(name, place) as known:
             self.model: Any = library.CrossEncoder(
-                str(place), device=device_of(device), local_files_only=True, trust_remote_code=settings.remote_code,
+                str(known), device=device_of(device), local_files_only=True, trust_remote_code=settings.remote_code,
                 max_length=settings.max_length, num_labels=1, model_kwargs={"dtype": settings.dtype, "use_safetensors": True},
                 processor_kwargs={"padding_side": "right"},
             )  # fmt: skip
@@ -267,10 +276,77 @@ def _nothing_random(name: str, place: Path, unused: str | None = None) -> Iterat
         PreTrainedModel.from_pretrained = loaded
 
 
+@contextlib.contextmanager
+def _imports(name: str) -> Iterator[None]:
+    """What a model's files, or its own code, import in vain, in one line with the remedy."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"method {name}: its model asks for what is not here ({locate.one_line(error)}); run pip install '.[models]' in "
+                        f"the project's folder, and pip install what it names, or set evaluate.models.{name} to another model"
+                        ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _renamed(name: str, place: Path) -> Iterator[Path]:
+    """`place`; or, of a cross-encoder in flash-attention's layout, a copy in transformers', while the block lasts.
+
+    Jina's reranker is XLM-RoBERTa with its layers under other names: absolute positions, norms behind the layers, exact GELU, the same
+    head. Its repository's own code computes the same, but imports what transformers 5 no longer has; so none of it runs.
+    """
+    config = json.loads((place / "config.json").read_text())
+    weights = _flash_weights(place) if "auto_map" in config else {}
+    if not weights:
+        yield place
+        return
+    import torch
+    from safetensors.torch import save_file
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(f"evaluate.models.{name}.model: the positions of {place} are {config['position_embedding_type']}, XLM-RoBERTa's "
+                        "are absolute; choose another model")  # fmt: skip
+    config = {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": XLMRobertaConfig.model_type}
+    with torch.device("meta"):
+        expected = XLMRobertaForSequenceClassification(XLMRobertaConfig.from_dict(config)).state_dict()
+    strange = next((key for key in weights if key not in expected), None)
+    if strange is not None:
+        raise UserError(f"evaluate.models.{name}.model: {place} holds {strange}, which XLM-RoBERTa does not have; choose another model")
+    with tempfile.TemporaryDirectory(prefix="intra-model-") as copy:
+        for file in place.iterdir():
+            if file.suffix in (".json", ".txt", ".model") and file.name != "model.safetensors.index.json":
+                (Path(copy) / file.name).write_bytes(file.read_bytes())
+        (Path(copy) / "config.json").write_text(json.dumps(config))
+        save_file(weights, Path(copy) / "model.safetensors", {"format": "pt"})
+        yield Path(copy)
+
+
+def _flash_weights(place: Path) -> dict[str, Any]:
+    """The weights under transformers' names; none where they are not in flash-attention's layout."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            found |= {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118
+    if not any(_FUSED in key for key in found):
+        return {}
+    renamed: dict[str, Any] = {}
+    for key, weight in found.items():
+        for old, new in _FLASH:
+            key = key.replace(old, new)
+        if _FUSED in key:
+            parts = zip(("query", "key", "value"), weight.chunk(3), strict=True)
+            renamed |= {key.replace(_FUSED, f".attention.self.{part}."): one.contiguous() for part, one in parts}
+        else:
+            renamed[key] = weight
+    return renamed
+
+
 def _transformer(name: str, place: Path, settings: ModelConfig, **lengths: int) -> Any:
     from sentence_transformers.sentence_transformer import modules
 
-    with quiet(), _nothing_random(name, place, "pooler"):  # `settings.pooling` is done here, not by the model's own pooler
+    with _imports(name), quiet(), _nothing_random(name, place, "pooler"):  # `settings.pooling` is done here, not by the model's own pooler
         return modules.Transformer(
             str(place), model_kwargs={"dtype": settings.dtype, "use_safetensors": True}, config_kwargs={"trust_remote_code": False},
             # Right, whatever the tokenizer's file says: positions that count from the left would count the padding.

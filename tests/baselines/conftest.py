@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,48 @@ def cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cross-encoder of XLM-RoBERTa's class (as Jina's reranker)."""
     sizes = {**SIZES, "num_labels": 1, "max_position_embeddings": 140}
     return saved(tmp_path_factory.mktemp("cross"), "XLMRobertaForSequenceClassification", "XLMRobertaConfig", sizes)
+
+
+@pytest.fixture(scope="session")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cross-encoder as Jina's reranker lies on the hub: XLM-RoBERTa in flash-attention's layout, and code, which must not run."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = saved(tmp_path_factory.mktemp("flash"), "XLMRobertaForSequenceClassification", "XLMRobertaConfig", {**SIZES, "num_labels": 1})
+    d, wide, layers = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_hidden_layers"]
+    config = {
+        **SIZES, "architectures": ["XLMRobertaForSequenceClassification"], "classifier_dropout": None, "emb_pooler": None,
+        "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+        "output_past": True, "max_position_embeddings": 130, "position_embedding_type": "absolute", "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0", "type_vocab_size": 1, "use_cache": False, "use_flash_attn": True,
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from einops import rearrange\n"
+        "from transformers.models.xlm_roberta.modeling_xlm_roberta import create_position_ids_from_input_ids\n"
+    )
+    names = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    shapes = {
+        **{f"roberta.embeddings.{name}_embeddings.weight": (count, d)
+           for name, count in [("word", SIZES["vocab_size"]), ("position", 130), ("token_type", 1)]},
+        "roberta.emb_ln": d, "classifier.dense": (d, d), "classifier.out_proj": (1, d),
+        **{f"roberta.encoder.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in
+           [("mixer.Wqkv", (3 * d, d)), ("mixer.out_proj", (d, d)), ("norm1", d), ("mlp.fc1", (wide, d)), ("mlp.fc2", (d, wide)),
+            ("norm2", d)]},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        if name.endswith(".weight"):
+            weights[name] = torch.randn(shape)
+        else:
+            weights[f"{name}.weight"] = torch.randn(shape) * (0.3 if isinstance(shape, tuple) else 1)
+            weights[f"{name}.bias"] = torch.randn(shape[0] if isinstance(shape, tuple) else shape) * 0.3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")
