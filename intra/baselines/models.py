@@ -103,7 +103,7 @@ class Dense:
 
         encoder = _transformer(name, place, settings, max_seq_length=settings.max_length)
         parts = [encoder, modules.Pooling(encoder.get_embedding_dimension(), settings.pooling)]
-        parts += [modules.Normalize()] if settings.normalize else []
+        parts += [_in_float32(modules.Normalize())] if settings.normalize else []
         self.model: Any = library.SentenceTransformer(modules=parts, device=device_of(device)).eval()
         self._settings = settings
 
@@ -131,6 +131,8 @@ class Late:
         """Raises UserError: sentence-transformers is not installed, or the files hold no projection that was trained."""
         place = folder(name, settings)
         library = sentence_transformers(name, threads)
+        from sentence_transformers.sentence_transformer.modules import Normalize
+
         self._name, self._settings = name, settings
         if settings.projection:
             _check_projection(name, place)
@@ -146,12 +148,13 @@ class Late:
                 self.model[0].query_expansion = {**self.model[0].query_expansion, "length": settings.query_length}
         else:
             from sentence_transformers.multi_vector_encoder import modules
-            from sentence_transformers.sentence_transformer.modules import Normalize
 
             encoder = _transformer(name, place, settings, query_length=settings.query_length, document_length=settings.max_length)
             parts = [encoder, modules.MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
             self.model = library.MultiVectorEncoder(modules=parts, device=device_of(device))
-        self.model.eval()
+        for module in self.model.eval():
+            if isinstance(module, Normalize):
+                _in_float32(module)
 
     def passages(self, texts: Sequence[str]) -> tuple[Floats, list[int]]:
         """The token vectors of all texts [T, d], text after text, and how many belong to each."""
@@ -341,6 +344,18 @@ def _flash_weights(place: Path) -> dict[str, Any]:
         else:
             renamed[key] = weight
     return renamed
+
+
+def _in_float32(normalize: Any) -> Any:
+    """Lets it take its vectors in float32, whatever the model computes in: bfloat16 would leave them between .997 and 1.001 long."""
+
+    def widen(module: Any, given: tuple[Any, ...]) -> None:
+        features, key = given[0], module.module_input_name
+        if key in features:
+            features[key] = features[key].float()
+
+    normalize.register_forward_pre_hook(widen)
+    return normalize
 
 
 def _transformer(name: str, place: Path, settings: ModelConfig, **lengths: int) -> Any:

@@ -257,6 +257,32 @@ def test_qwen_pools_the_last_token_behind_its_instruction(qwen: Path, pool: Pool
     )
 
 
+@pytest.mark.parametrize("model", ["qwen", "bert", "colbert"])
+def test_vectors_of_bfloat16_models_are_normalised_in_float32(request: pytest.FixtureRequest, pool: Pool, model: str) -> None:
+    """Rounded to bfloat16 they would be .997 to 1.001 long. A float32 model's keep the bits of the library's own chain."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    place, texts = request.getfixturevalue(model), pool.title_and_text()[:40]
+
+    def encoder(dtype: str) -> models.Dense | models.Late:
+        common = {"model": str(place), "max_length": 64, "dtype": dtype}
+        if model == "qwen":
+            return models.Dense("tiny", DenseConfig.model_validate({**common, "kind": "dense", "pooling": "lasttoken"}), "cpu", 1)
+        late = LateConfig.model_validate({**common, "kind": "late", "query_length": 10, "projection": model == "colbert"})
+        return models.Late("tiny", late, "cpu", 1)
+
+    half, whole = encoder("bfloat16"), encoder("float32")
+    for vectors in (half.passages(texts)[0], np.concatenate(half.questions(texts))):
+        assert vectors.dtype == np.float32
+        assert np.linalg.norm(vectors.astype(np.float64), axis=1) == pytest.approx(1, abs=1e-6)
+    assert half.passages(texts)[0] == pytest.approx(whole.passages(texts)[0], abs=0.05)
+    if model == "qwen":
+        chain = [Transformer(str(place), processor_kwargs={"padding_side": "right"}), Pooling(32, "lasttoken"), Normalize()]
+        library = SentenceTransformer(modules=chain, device="cpu")
+        assert (library.encode(texts, batch_size=32) == whole.passages(texts)[0]).all()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ranx") is None, reason="ranx is a development dependency")
 def test_fusion_is_ranx() -> None:
     generator = np.random.default_rng(0)
