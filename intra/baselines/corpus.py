@@ -35,6 +35,8 @@ class Encoder(Protocol):
 
     def cut(self, texts: Sequence[str]) -> int: ...
 
+    def cut_questions(self, texts: Sequence[str]) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -122,8 +124,7 @@ class Corpus:
             self.encode(shard)
         sizes = [(*block.vectors.shape, block.cut) for block in self._read()]
         cut = sum(size[2] for size in sizes)
-        if cut:
-            print(f"{self.name}: {cut:,} of {len(self.texts):,} texts are longer than the model reads and were cut")
+        tell_cut(self.name, cut, len(self.texts), "texts")
         times = [storage.read_json(place) if storage.exists(place) else None for place in map(self._seconds_of, self.shards)]
         facts = {"texts": len(self.texts), "vectors": sum(size[0] for size in sizes), "dimension": sizes[0][1] if sizes else 0, "cut": cut}
         self._artifact.finish({**facts, "seconds": None if None in times else sum(times)})
@@ -138,6 +139,12 @@ class Corpus:
     def _read(self) -> Iterator[Block]:
         for shard in self.shards:
             yield read(self._artifact.path(_file(shard)), shard)
+
+
+def tell_cut(name: str, cut: int, count: int, what: str) -> None:
+    """Says how many of the model's texts, questions or pairs were cut; nothing where none was."""
+    if cut:
+        print(f"{name}: {cut:,} of {count:,} {what} are longer than the model reads and were cut")
 
 
 def read(place: str, shard: range) -> Block:

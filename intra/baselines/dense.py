@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from intra.baselines.corpus import Block, Corpus
+from intra.baselines.corpus import Block, Corpus, tell_cut
 from intra.baselines.models import Floats, operations
 from intra.data.schema import Pool, Question
 from intra.errors import UserError
@@ -30,6 +30,7 @@ class _Vectors(ABC):
     def __init__(self, name: str, corpus: Callable[[Pool], Corpus]) -> None:
         self.name = name
         self._open = corpus
+        self._asked: set[str] = set()  # ids of the questions whose length has been looked at
 
     def index(self, pool: Pool) -> None:
         """Encodes what is not encoded, and loads the model for the questions."""
@@ -80,6 +81,10 @@ class _Vectors(ABC):
         return operations(model, model.tokenizer, texts) + 2.0 * vectors * depth * mean * facts["dimension"]
 
     def _queries(self, questions: Sequence[Question]) -> list[Floats]:
+        new = [question.question for question in questions if question.question_id not in self._asked]
+        if new:
+            tell_cut(self.name, self._encoder.cut_questions(new), len(new), "questions")
+            self._asked |= {question.question_id for question in questions}
         return self._encoder.questions([question.question for question in questions]) if questions else []
 
     @abstractmethod

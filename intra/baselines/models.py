@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -119,6 +120,10 @@ class Dense:
         """How many of the passages are longer than the model reads."""
         return _cut(self.model.tokenizer, [self._settings.passage_prompt + text for text in texts], self._settings.max_length)
 
+    def cut_questions(self, texts: Sequence[str]) -> int:
+        """How many of the questions are longer than the model reads."""
+        return _cut(self.model.tokenizer, [self._settings.query_prompt + text for text in texts], self._settings.max_length)
+
     def _encode(self, texts: Sequence[str], prompt: str) -> Floats:
         vectors = self.model.encode(list(texts), prompt=prompt or None, batch_size=self._settings.batch_size, show_progress_bar=False)
         return np.ascontiguousarray(vectors, dtype=np.float32)
@@ -170,6 +175,11 @@ class Late:
         prompt = (self.model.prompts or {}).get("document") or ""
         return _cut(self.model.tokenizer, [prompt + text for text in texts], self._settings.max_length)
 
+    def cut_questions(self, texts: Sequence[str]) -> int:
+        """How many of the questions are longer than the model reads."""
+        prompt = (self.model.prompts or {}).get("query") or ""
+        return _cut(self.model.tokenizer, [prompt + text for text in texts], self._settings.query_length)
+
     def _encode(self, encode: Any, texts: Sequence[str]) -> list[Floats]:
         found = encode(list(texts), batch_size=self._settings.batch_size, show_progress_bar=False)
         empty = next((text for text, vectors in zip(texts, found, strict=True) if not len(vectors)), None)
@@ -195,6 +205,7 @@ class Cross:
                 processor_kwargs={"padding_side": "right"},
             )  # fmt: skip
         self._settings = settings
+        self._lengths: dict[str, int] = {}  # in tokens, of each question and passage that `cut` was asked for
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """The logit of each pair."""
@@ -204,6 +215,16 @@ class Cross:
             list(pairs), batch_size=self._settings.batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
         )
         return [float(score) for score in found]
+
+    def cut(self, pairs: Sequence[tuple[str, str]]) -> int:
+        """How many of the pairs are longer than the model reads. A text is tokenised once, however many pairs it stands in."""
+        tokenizer = self.model.tokenizer
+        texts = [text for text in dict.fromkeys(itertools.chain.from_iterable(pairs)) if text not in self._lengths]
+        if texts:
+            ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            self._lengths |= zip(texts, map(len, ids), strict=True)
+        longest = self._settings.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+        return sum(self._lengths[question] + self._lengths[passage] > longest for question, passage in pairs)
 
 
 def linear(model: Any) -> int:

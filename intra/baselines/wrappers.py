@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from intra.baselines.corpus import Corpus
+from intra.baselines.corpus import Corpus, tell_cut
 from intra.baselines.models import Cross, operations
 from intra.data.schema import Pool, Question
 from intra.method import Ranking, Rankings, ordered
@@ -41,13 +41,16 @@ class CrossScorer:
 
     def scores(self, questions: Sequence[Question], candidates: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
+        cut = read = 0
         for start in tqdm(range(0, len(questions), _QUESTIONS_AT_ONCE), desc=self._name, unit="batch", disable=None):
             batch = questions[start : start + _QUESTIONS_AT_ONCE]
             # A text is read once for a question: its copies tie.
             pairs = dict.fromkeys((q.question, self._texts[chunk]) for q in batch for chunk in candidates[q.question_id])
             score = dict(zip(pairs, self._model.scores(list(pairs)), strict=True))
+            cut, read = cut + self._model.cut(list(pairs)), read + len(pairs)
             for q in batch:
                 found[q.question_id] = [score[q.question, self._texts[chunk]] for chunk in candidates[q.question_id]]
+        tell_cut(self._name, cut, read, "pairs of question and text")
         return found
 
     def scoring_operations(self, questions: Sequence[Question], depth: int) -> float:

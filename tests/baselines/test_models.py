@@ -283,6 +283,36 @@ def test_vectors_of_bfloat16_models_are_normalised_in_float32(request: pytest.Fi
         assert (library.encode(texts, batch_size=32) == whole.passages(texts)[0]).all()
 
 
+def test_questions_that_are_cut_are_counted_once(
+    bert: Path, pool: Pool, questions: list[Question], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = DenseConfig(kind="dense", model=str(bert), pooling="mean", max_length=8, query_prompt="question ")
+    place = Artifact("vectors", str(tmp_path / "dense"), "mark", "evaluate")
+    made = dense.Dense("tiny", lambda pool: Corpus("tiny", place, pool, lambda: models.Dense("tiny", chosen, "cpu", 1), 70, False))
+    for method, spare in ((made, 8 - 3), (late(tmp_path / "late", bert, projection=False, query_length=9), 9 - 2)):
+        method.index(pool)
+        capsys.readouterr()
+        cut = sum(len(question.question.split()) > spare for question in questions)
+        assert 0 < cut < len(questions)
+        method.search(questions, 5)
+        method.scores(questions[:3], {question.question_id: ["c000"] for question in questions})
+        method.operations(questions)
+        assert capsys.readouterr().out == f"tiny: {cut} of 9 questions are longer than the model reads and were cut\n"
+
+
+def test_pairs_that_are_cut_are_counted(cross: Path, pool: Pool, questions: list[Question], capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = CrossConfig(kind="cross", model=str(cross), max_length=20)
+    scorer = wrappers.CrossScorer("tiny", lambda: models.Cross("tiny", chosen, "cpu", 1))
+    scorer.index(pool)
+    scorer.scores(questions, {question.question_id: pool.chunk_ids for question in questions})  # the last ten texts are copies
+    lengths = [len(text.split()) for text in pool.title_and_text()[:60]]
+    cut = sum(len(question.question.split()) + length + 3 > 20 for question in questions for length in lengths)
+    assert 0 < cut < 540
+    assert capsys.readouterr().out == f"tiny: {cut} of 540 pairs of question and text are longer than the model reads and were cut\n"
+    scorer.scores(questions[:1], {"q0": [min(zip(lengths, pool.chunk_ids, strict=False))[1]]})
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ranx") is None, reason="ranx is a development dependency")
 def test_fusion_is_ranx() -> None:
     generator = np.random.default_rng(0)
