@@ -31,10 +31,6 @@ class CrossScorer:
         self._name = name
         self._make = model
 
-    def check(self) -> None:
-        """Raises what `index` would where the model cannot be loaded; keeps none of it."""
-        self._make()
-
     def index(self, pool: Pool) -> None:
         self._texts = dict(zip(pool.chunk_ids, pool.title_and_text(), strict=True))
         self._model = self._make()
@@ -68,11 +64,6 @@ class Rerank:
         self.name = name
         self._first = first
         self._scorer = scorer
-
-    def check(self) -> None:
-        """For before the other method's ranking is made, which may take hours: raises what is wrong with a cross-encoder."""
-        if isinstance(self._scorer, CrossScorer):
-            self._scorer.check()
 
     def index(self, pool: Pool) -> None:
         self._scorer.index(pool)

@@ -373,17 +373,6 @@ def test_a_cross_encoder_without_a_head_is_refused(bert: Path) -> None:
         models.Cross("tiny", CrossConfig(kind="cross", model=str(bert), max_length=64), "cpu", 1)
 
 
-def test_a_reranker_is_checked_before_the_ranking_it_starts_from(bert: Path, cross: Path) -> None:
-    def method(place: Path) -> wrappers.Rerank:
-        chosen = CrossConfig(kind="cross", model=str(place), max_length=64)
-        scorer = wrappers.CrossScorer("tiny", lambda: models.Cross("tiny", chosen, "cpu", 1))
-        return wrappers.Rerank("rerank", lambda: pytest.fail("the other method's ranking was made"), scorer)
-
-    method(cross).check()
-    with pytest.raises(UserError, match=r"lack classifier\.bias"):
-        method(bert).check()
-
-
 def test_an_encoder_that_lacks_a_weight_is_refused_but_for_its_pooler(bert: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
