@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from intra import config
 from intra.backbone import model
 from intra.config import RetrieverTrainConfig, SearchConfig
 from intra.data.schema import Question
@@ -282,11 +283,12 @@ def test_the_benchmark_runs_there(
     monkeypatch.setattr(intrinsic, "CHECKED", 2)
     with two_devices.here():
         bench = made(two.there, store, retriever, questions, tmp_path, monkeypatch)
-        bench.settings = bench.settings.model_copy(update={"checked": 4, "pools": [150], "latency_questions": 1})
+        bench.settings = bench.settings.model_copy(update={"questions": 2, "checked": 2, "pools": [150], "latency_questions": 1})
+        bench.config = config.varied(bench.config, ["backbone.answer_tokens=2"])
         benchmark.run(bench.config, lambda _: None)
     assert isinstance(bench.sample, There)
     assert not [name for name in bench.records if "int8" in name]
-    timed = {"pool_naive_hidden", "shape_sentence_transformers", "batch_4_reverse", "rows_150_cascade", "latency_answer_median"}
+    timed = {"pool_naive_hidden", "shape_sentence_transformers", "batch_2_reverse", "rows_150_cascade", "latency_answer_median"}
     assert timed <= set(bench.records)
     assert bench.records["search_same_top_20"][0] > 0.5
     assert bench.records["search_cascade_400_recall_20"][0] > 0.8
