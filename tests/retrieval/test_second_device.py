@@ -265,6 +265,44 @@ def test_a_part_of_a_fleet_answers_there(
         close(found, expected, two)
 
 
+class Elsewhere:
+    """A pool on the CPU asked by a driver that is there, as workers without a GPU are."""
+
+    def __init__(self, pool: Local) -> None:
+        self.pool = pool
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda ask, form, *others: getattr(self.pool, name)(ask.to("cpu"), form, *others)
+
+
+@pytest.mark.parametrize("kind", LAYERWISE)
+def test_a_driver_there_asks_workers_elsewhere(
+    kind: str, two: Two, big: MemoryStore, queries: Tensor, weights: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intrinsic, "CHECKED", 2)
+    pool: Any = Elsewhere(Local(big, Keys.of(two.cpu), 1024, CPU, True))  # type: ignore[arg-type]
+
+    def run(backbone: model.Backbone) -> list[Scored]:
+        tokens = Tokens(Keys.of(backbone), lambda mine: big.states([big.chunk_ids[row] for row in mine]))
+        ask, found = asked(kind, backbone, queries, weights), []
+        for chosen in (
+            {},
+            {"rescore": 12},
+            {"scorer": "cascade", "candidates": 60, "coarse_candidates": 500, "recall": 0.0, "rescore": 12},
+        ):
+            searcher = Searcher(pool, SearchConfig(**chosen), tokens=tokens)  # type: ignore[arg-type]
+            for _ in range(2):
+                found += searcher.find(ask, 10).pairs
+        return found
+
+    expected = run(two.cpu)
+    with two_devices.here():
+        alike(run(two.there), expected, two)
+
+
 def test_answers_are_read_there(two: Two, store: MemoryStore, questions: list[Question]) -> None:
     rows = [[1, 2], [], [5, 7, 9]]
     with two_devices.here():
