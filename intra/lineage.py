@@ -4,11 +4,11 @@
     encoder    a frozen encoder, whitened by a sample of the pool: it encodes the store, whatever decoder is trained over it
     backbone   trained here: its recipe, the dataset, the seed, the encoding of a frozen encoder; otherwise the digest of the model's files
     store      its encoding (backbone, or a frozen encoder, pooled_length, what shapes the bytes of a shard), the pool's digest
-    retriever  store, the questions' digest, the retriever section, the seed
+    retriever  store, the weights of a backbone trained here, the questions' digest, the retriever section, the seed
     tuned      of a fine-tuned baseline: its model, the questions, the negatives, the recipe
     vectors    of a dense or late baseline: its weights, how it reads a passage, the pool's digest
     ranking    of a method: pool, questions, depth, and what the method is made of (vectors, retriever, other rankings, settings)
-    answers    the ranking, the store, the prompt
+    answers    the ranking, the store, the weights of a backbone trained here, the prompt
     results    rankings and answers of the methods, the metrics' settings, the values they are judged against
 
 A step's fingerprint holds the digests its predecessor's manifest states, so a later one is known once the earlier is made:
@@ -121,9 +121,16 @@ def model(config: Config) -> tuple[str, str | None]:
     return (whitened(config) if over_encoder(config) else backbone(config)).url, None
 
 
-def _decoder(config: Config) -> dict[str, object]:
-    """The backbone, for what reads a store with its decoder: where the store's own fingerprint does not name it."""
-    return {"backbone": backbone(config).fingerprint} if over_encoder(config) else {}
+def _decoder(config: Config) -> dict[str, str]:
+    """The weights of a backbone trained here, as its manifest states them, for what is made with its decoder.
+
+    Its fingerprint is its recipe's, and so is the store's: trained again, on another machine perhaps, it may have other weights. Any other
+    backbone's digest is in the store's fingerprint.
+    """
+    if not config.backbone.train:
+        return {}
+    digests = backbone(config).manifest()["sha256"]
+    return {"decoder": locate.digest_of((name, 0, digests[name]) for name in sorted(digests))}
 
 
 def weights_digest(config: Config) -> str:
@@ -235,10 +242,15 @@ class Marks:
     def retriever(self) -> str:
         return retriever(self._config).fingerprint
 
+    @cached_property
+    def decoder(self) -> dict[str, str]:
+        return _decoder(self._config)
+
 
 def vectors(config: Config, name: str, marks: Marks | None = None) -> Artifact:
     """The pool as the dense or late baseline `name` encodes it."""
     settings, facts = config.evaluate.models[name], (marks or Marks(config)).facts
+    assert isinstance(settings, ModelConfig)
     return _artifact(
         config,
         "vectors",
@@ -246,6 +258,7 @@ def vectors(config: Config, name: str, marks: Marks | None = None) -> Artifact:
         pool=facts["pool_sha256"],
         shard_chunks=config.evaluate.shard_chunks,
         settings=settings.model_dump(exclude={"model", "revision", "query_prompt", "query_length", "tune", "ivf"}),
+        **({} if settings.dtype == "float32" else {"normalised_in": "float32"}),
     )
 
 
@@ -276,7 +289,9 @@ def _made_of(config: Config, name: str, marks: Marks) -> object:
         asked = model.model_dump(include={"query_prompt", "query_length", "ivf"}, exclude_none=True)
         return [vectors(config, name, marks).fingerprint, asked]
     if name == "maxsim":
-        return [marks.store, config.retriever.initial_scoring]  # by the question's encoder states: no decoder, no retriever
+        # By the question's encoder states: of a frozen encoder, which the store names, or of the backbone trained here.
+        own = [] if over_encoder(config) or not config.backbone.train else [marks.decoder]
+        return [marks.store, config.retriever.initial_scoring, *own]
     if name in ("intra", "s0_reranked"):
         answer = [config.retriever.answer_size, config.retriever.answer_initial] if name == "intra" else []
         search = config.retriever.search
@@ -302,7 +317,7 @@ def answers(config: Config, name: str, marks: Marks | None = None) -> Artifact:
         size=config.retriever.answer_size,
         prompt=config.backbone.prompt,
         answer_tokens=config.backbone.answer_tokens,
-        **_decoder(config),
+        **marks.decoder,
     )
 
 

@@ -35,8 +35,16 @@ def changed(config: Config, path: str, value: object) -> Config:
     return parse(values)
 
 
+def trained(config: Config, weights: str | None = None, card: str = "") -> Config:
+    """With the manifest of the backbone, which the names of what is made with it need."""
+    backbone = lineage.backbone(config)
+    backbone.finish({"sha256": {"model.safetensors": weights or backbone.fingerprint, "README.md": card}})
+    return config
+
+
 def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_read(config: Config) -> None:
-    other = changed(config, "backbone.warmstart.steps", 7)
+    other = trained(changed(config, "backbone.warmstart.steps", 7))
+    config = trained(config)
     assert lineage.backbone(config).fingerprint != lineage.backbone(other).fingerprint
     assert lineage.encoding(config) == lineage.encoding(other)
     assert lineage.store(config).fingerprint == lineage.store(other).fingerprint
@@ -46,7 +54,8 @@ def test_decoders_over_one_frozen_encoder_share_its_store_and_nothing_that_they_
 
 
 def test_chunks_scored_again_make_another_ranking_of_the_same_retriever(config: Config) -> None:
-    other = changed(config, "retriever.search.rescore", 50)
+    other = trained(changed(config, "retriever.search.rescore", 50))
+    config = trained(config)
     assert lineage.retriever(config) == lineage.retriever(other)
     for name, same in (("intra", False), ("s0_reranked", False), ("maxsim", True), ("bm25", True)):
         assert (lineage.ranking(config, name) == lineage.ranking(other, name)) == same
@@ -55,6 +64,8 @@ def test_chunks_scored_again_make_another_ranking_of_the_same_retriever(config: 
 def test_an_approximate_scorer_names_its_rule_in_the_ranking_and_an_exact_one_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained(config)
+
     def names(scorer: str) -> list[str]:
         return [lineage.ranking(changed(config, "retriever.search.scorer", scorer), name).fingerprint for name in ("intra", "maxsim")]
 
@@ -88,14 +99,15 @@ def test_an_approximate_scorer_names_its_rule_in_the_ranking_and_an_exact_one_no
 )
 def test_s_0_is_named_by_the_states_and_how_they_are_compared(config: Config, path: str, value: object, same: bool) -> None:
     """It asks by the question's encoder states: another retriever, or decoder over the same encoder, finds the same."""
-    other = changed(config, path, value)
+    other = trained(changed(config, path, value))
+    config = trained(config)
     assert lineage.retriever(config) != lineage.retriever(other)
     assert (lineage.ranking(config, "maxsim") == lineage.ranking(other, "maxsim")) == same
     assert lineage.ranking(config, "intra") != lineage.ranking(other, "intra")
 
 
 def test_exact_scorers_share_a_ranking_in_float32_alone(config: Config) -> None:
-    half = changed(config, "backbone.dtype", "bfloat16")
+    half = trained(changed(config, "backbone.dtype", "bfloat16"))
     for name, ours in (("intra", 2), ("s0_reranked", 2), ("maxsim", 1)):
         found = {lineage.ranking(changed(half, "retriever.search.scorer", scorer), name).fingerprint for scorer in ("exact", "reverse")}
         assert len(found) == ours
@@ -144,3 +156,31 @@ def test_without_a_frozen_encoder_the_backbone_names_the_store(tmp_path: Path) -
     config = parse({"root": str(tmp_path), "data": data, "backbone": {"train": True}})
     prepare.run(config)
     assert lineage.store(config).fingerprint != lineage.store(changed(config, "backbone.warmstart.steps", 7)).fingerprint
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_backbone_trained_again_to_other_weights_shares_nothing_that_it_made(config: Config, tmp_path: Path, frozen: bool) -> None:
+    """Another machine may round otherwise: the recipe, and so the backbone's own name, is the same."""
+    if not frozen:
+        data = {"synthetic": {"chunks": 60, "train_questions": 5, "test_questions": 5}}
+        config = parse({"root": str(tmp_path / "other"), "data": data, "backbone": {"train": True}})
+        prepare.run(config)
+
+    def names() -> dict[str, str]:
+        methods = {name: lineage.ranking(config, name).fingerprint for name in ("intra", "s0_reranked", "maxsim", "bm25")}
+        made = {"retriever": lineage.retriever, "results": lineage.results, "store": lineage.store, "backbone": lineage.backbone}
+        return (
+            methods
+            | {name: artifact(config).fingerprint for name, artifact in made.items()}
+            | {"answers": lineage.answers(config, "bm25").fingerprint}
+        )
+
+    with pytest.raises(UserError, match=r"backbone .* is missing .*workflows/warmstart\.py"):
+        names()
+    trained(config, "aa")
+    before = names()
+    trained(config, "aa", card="0c")
+    assert names() == before
+    trained(config, "bb")
+    same = {"bm25", "store", "backbone"} | ({"maxsim"} if frozen else set())
+    assert {name for name, mark in names().items() if mark == before[name]} == same
