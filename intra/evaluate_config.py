@@ -16,7 +16,6 @@ from intra.section import Section, merged
 METHODS = ("intra", "maxsim", "s0_reranked", "bm25", "tfidf", "random", "oracle")
 NDCG_DEPTH = 10
 MODELS = Path(__file__).parent / "models.yaml"
-CODE_OF = ("jinaai/jina-reranker-v2-base-multilingual",)  # repositories whose own classes may run, at a pinned commit
 
 
 class BM25Config(Section):
@@ -85,13 +84,6 @@ class CrossConfig(ModelConfig):
     """A cross-encoder: reads question and passage together. No method by itself: others rerank by it."""
 
     kind: Literal["cross"]
-    remote_code: bool = Field(False, description="the repository's own classes, for the few that are allowed it (CODE_OF)")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.remote_code and self.model not in CODE_OF:
-            raise ValueError(f"evaluate.models: remote_code is for {', '.join(CODE_OF)} only, not for '{self.model}'; set it to false")
-        return self
 
 
 class RerankConfig(Section):
@@ -208,10 +200,9 @@ class EvaluateConfig(Section):
                 )
         elif isinstance(model, ModelConfig):
             if model.revision is None and is_hub_id(model.model):
-                folder = "" if isinstance(model, CrossConfig) and model.remote_code else f", or a directory as {key}.model"
                 raise ValueError(
                     f"{key}.revision is missing: '{model.model}' is a hub id; set the commit of the weights you mean (40 hex digits, under "
-                    f"'Files and versions' of its page){folder}"
+                    f"'Files and versions' of its page), or a directory as {key}.model"
                 )
         else:
             around = [outer.depth for outer in map(self.models.get, within) if isinstance(outer, RerankConfig | FusionConfig)]

@@ -78,14 +78,12 @@ def folder(name: str, settings: ModelConfig) -> Path:
 def _from_hub(name: str, settings: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
-    own_code = isinstance(settings, CrossConfig) and settings.remote_code  # runs from the pinned commit alone, from no folder
-    files = [*_FILES, "*.py"] if own_code else list(_FILES)
     try:
-        return Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=files))
+        return Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub's client raises many kinds: all of them say that the files are not here
         raise WorkflowError(f"method {name}: {settings.model} at {settings.revision} cannot be had ({locate.one_line(error)}); check "
-                            f"evaluate.models.{name}, the network and HF_HUB_OFFLINE"
-                            + ("" if own_code else ", or give the directory of a downloaded copy")) from error  # fmt: skip
+                            f"evaluate.models.{name}, the network and HF_HUB_OFFLINE, or give the directory of a downloaded copy"
+                            ) from error  # fmt: skip
 
 
 class Dense:
@@ -196,11 +194,9 @@ class Cross:
         hold one of another architecture."""
         place = folder(name, settings)
         library = sentence_transformers(name, threads)
-        if settings.remote_code:
-            _check_code(name, place)
         with _imports(name), quiet(), _nothing_random(name, place), _renamed(name, place) as known:
             self.model: Any = library.CrossEncoder(
-                str(known), device=device_of(device), local_files_only=True, trust_remote_code=settings.remote_code,
+                str(known), device=device_of(device), local_files_only=True, trust_remote_code=False,
                 max_length=settings.max_length, num_labels=1, model_kwargs={"dtype": settings.dtype, "use_safetensors": True},
                 processor_kwargs={"padding_side": "right"},
             )  # fmt: skip
@@ -302,7 +298,7 @@ def _nothing_random(name: str, place: Path, unused: str | None = None) -> Iterat
 
 @contextlib.contextmanager
 def _imports(name: str) -> Iterator[None]:
-    """What a model's files, or its own code, import in vain, in one line with the remedy."""
+    """What the library imports in vain for a model's files, in one line with the remedy."""
     try:
         yield
     except ImportError as error:
@@ -407,14 +403,6 @@ def _check_projection(name: str, place: Path) -> None:
     if "Dense" not in _module_types(place) and "HF_ColBERT" not in architectures:
         raise UserError(f"evaluate.models.{name}: {place} holds no projection trained for late interaction; choose another model, or set "
                         "projection=false for the encoder's own token states")  # fmt: skip
-
-
-def _check_code(name: str, place: Path) -> None:
-    """The classes must be files of this very commit: `repository--module` would fetch another repository's newest."""
-    for reference in (json.loads((place / "config.json").read_text()).get("auto_map") or {}).values():
-        if "--" in str(reference):
-            raise UserError(f"evaluate.models.{name}: its config.json takes code from another repository ({reference}), at no fixed "
-                            "commit; choose another model")  # fmt: skip
 
 
 def _module_types(place: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from intra import config as configuration
 from intra.artifact import Artifact
@@ -23,7 +21,7 @@ from intra.baselines import dense, models, wrappers
 from intra.baselines.corpus import Block, Corpus
 from intra.data.schema import Pool, Question
 from intra.errors import UserError, WorkflowError
-from intra.evaluate_config import CODE_OF, MODELS, CrossConfig, DenseConfig, LateConfig
+from intra.evaluate_config import CrossConfig, DenseConfig, LateConfig
 from intra.evaluation.parts import Parts
 from intra.method import Ranking, check
 
@@ -202,22 +200,9 @@ def test_a_flash_layout_of_another_architecture_is_refused(flash: Path, tmp_path
             r"lack roberta\.encoder\.layer\.1\.attention\.self\.key\.bias \(3 in all\)")  # fmt: skip
 
 
-def test_what_a_models_own_code_lacks_is_told_in_one_line(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the layout that is known, the code beside the weights would run: it asks for what is not here."""
-    chosen = CrossConfig(kind="cross", model=CODE_OF[0], revision="0" * 40, max_length=64, remote_code=True)
-    monkeypatch.setattr(models, "folder", lambda *_: flash)
-    monkeypatch.setattr(models, "_flash_weights", lambda _: {})
-    with pytest.raises(
-        UserError, match=r"method tiny: its model asks for .*; run pip install '\.\[models\]' .*evaluate\.models\.tiny"
-    ) as raised:
-        models.Cross("tiny", chosen, "cpu", 1)
-    assert "\n" not in str(raised.value)
-    assert re.search("einops|create_position_ids_from_input_ids", str(raised.value))
-
-
-@pytest.mark.parametrize("kind", ["late", "dense"])
-def test_what_loading_an_encoder_imports_in_vain_is_told_in_one_line(
-    bert: Path, colbert: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize("kind", ["late", "dense", "cross"])
+def test_what_loading_a_model_imports_in_vain_is_told_in_one_line(
+    bert: Path, colbert: Path, cross: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     import sentence_transformers
     from sentence_transformers.sentence_transformer import modules
@@ -226,10 +211,12 @@ def test_what_loading_an_encoder_imports_in_vain_is_told_in_one_line(
         raise ImportError("this tokenizer needs\n sentencepiece")
 
     monkeypatch.setattr(sentence_transformers, "MultiVectorEncoder", fail)
+    monkeypatch.setattr(sentence_transformers, "CrossEncoder", fail)
     monkeypatch.setattr(modules, "Transformer", fail)
     load: dict[str, Callable[[], Any]] = {
         "late": lambda: models.Late("tiny", LateConfig(kind="late", model=str(colbert), max_length=12), "cpu", 1),
         "dense": lambda: models.Dense("tiny", DenseConfig(kind="dense", model=str(bert), pooling="mean", max_length=64), "cpu", 1),
+        "cross": lambda: models.Cross("tiny", CrossConfig(kind="cross", model=str(cross), max_length=64), "cpu", 1),
     }
     with pytest.raises(UserError, match=r"method tiny: its model asks for .*\(this tokenizer needs sentencepiece\)"):
         load[kind]()
@@ -390,21 +377,17 @@ def test_an_encoder_that_lacks_a_weight_is_refused_but_for_its_pooler(bert: Path
         models.Late("tiny", untrained, "cpu", 1)
 
 
-def test_a_directory_is_advised_only_where_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_fetched_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def offline(*_: Any, **__: Any) -> Any:
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    jina = CrossConfig(kind="cross", model=CODE_OF[0], revision="0" * 40, max_length=64, remote_code=True)
-    with pytest.raises(WorkflowError, match=r"cannot be had .*HF_HUB_OFFLINE$"):
-        models.folder("jina", jina)
-    with pytest.raises(WorkflowError, match=r"HF_HUB_OFFLINE, or give the directory of a downloaded copy$"):
-        models.folder("other", jina.model_copy(update={"remote_code": False}))
-    for own, end in ((False, r", or a directory as evaluate\.models\.jina\.model"), (True, "")):
-        with pytest.raises(UserError, match=rf"under 'Files and versions' of its page\){end}$"):
-            parse(["a"], models={"a": {"kind": "rerank", "of": "bm25", "by": "jina"}, "jina": {"remote_code": own}})
+    with pytest.raises(WorkflowError, match=r"cannot be had .*HF_HUB_OFFLINE, or give the directory of a downloaded copy$"):
+        models.folder("jina", CrossConfig(kind="cross", model="org/name", revision="0" * 40, max_length=64))
+    with pytest.raises(UserError, match=r"under 'Files and versions' of its page\), or a directory as evaluate\.models\.jina\.model$"):
+        parse(["a"], models={"a": {"kind": "rerank", "of": "bm25", "by": "jina"}, "jina": {}})
 
 
 @pytest.mark.parametrize(("device", "message"), [("gpu", "found 'gpu'; give auto, cpu or cuda"), ("cuda", "torch sees no GPU here")])
@@ -415,17 +398,6 @@ def test_a_device_that_is_not_there_is_named(bert: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=message) as raised:
         models.Dense("tiny", DenseConfig(kind="dense", model=str(bert), pooling="mean", max_length=64), device, 1)
     assert str(raised.value).startswith("evaluate.device: ")
-
-
-def test_code_of_a_repository_runs_only_where_it_is_allowed(cross: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="remote_code is for jinaai/jina-reranker-v2-base-multilingual only, not for 'org/name'"):
-        CrossConfig(kind="cross", model="org/name", max_length=64, remote_code=True)
-    shutil.copytree(cross, tmp_path / "copy")
-    file = tmp_path / "copy" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "other/repository--file.Class"}}))
-    with pytest.raises(UserError, match="takes code from another repository"):
-        models._check_code("tiny", tmp_path / "copy")
-    assert not any(value.get("remote_code") for value in yaml.safe_load(MODELS.read_text()).values())
 
 
 NINE = ["tfidf", "bm25", "maxsim", "colbert", "bge_large", "qwen3_0_6b", "qwen3_4b", "qwen3_4b_jina", "hybrid"]
