@@ -20,9 +20,9 @@ from intra import cli, lineage, storage, tracking
 from intra import config as configuration
 from intra.config import Config
 from intra.errors import UserError
-from intra.evaluation import ablation, expectations, metrics, results
+from intra.evaluation import ablation, expectations, metrics, parts, results
 from intra.evaluation import run as evaluation
-from workflows import nightly
+from workflows import evaluate, nightly
 
 SHOWN = ("complete_recall_at_5", "em")
 
@@ -31,12 +31,16 @@ def variants(config: Config) -> dict[str, dict[int, Config]]:
     """Ablation row -> seed -> configuration. Raises UserError where there is none, or an override is wrong."""
     if config.ablation is None:
         raise UserError("the configuration has no ablation section; see configs/ablation.yaml")
-    return {
+    rows = {
         row: {
             seed: configuration.varied(config, [f"seed={seed}", "evaluate.methods=[intra]", *overrides]) for seed in config.ablation.seeds
         }
         for row, overrides in config.ablation.rows.items()
     }
+    for by_seed in rows.values():
+        for variant in by_seed.values():
+            parts.check(variant)
+    return rows
 
 
 def plan(config: Config) -> list[str]:
@@ -86,10 +90,8 @@ def _table(config: Config) -> ablation.Table:
     """The per-question values of the variant's first method, made where they are missing."""
     for name in nightly.steps(config)[nightly.first_open(config) : -1]:
         importlib.import_module(f"workflows.{name}").run(config)
-    artifact = lineage.results(config)
-    if not artifact.complete():
-        evaluation.make(config, artifact)
-    table = pq.read_table(io.BytesIO(storage.read_bytes(artifact.path("per_question.parquet"))))
+    evaluate.make(config)
+    table = pq.read_table(io.BytesIO(storage.read_bytes(lineage.results(config).path("per_question.parquet"))))
     return [item for item in table.to_pylist() if item["method"] == config.evaluate.methods[0]]
 
 

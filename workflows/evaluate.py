@@ -32,9 +32,16 @@ if TYPE_CHECKING:
 
 def plan(config: Config) -> list[str]:
     """What exists and what will be made. Makes nothing."""
+    parts.check(config)
     dataset = lineage.dataset(config)
     if not dataset.complete():
         return [f"evaluate: waits for the dataset {dataset.url} (workflows/prepare.py)"]
+    waits = []
+    for source in parts.needed(config):
+        if not source.complete():
+            waits.append(f"evaluate: waits for the {source.kind} {source.url} (workflows/{source.made_by}.py)")
+            if source.kind == "backbone":
+                return waits  # what is made with it is named by its weights
     artifact, names = lineage.results(config), config.evaluate.methods
     if artifact.complete():
         return [f"evaluate: results {artifact.url} are complete ({', '.join(names)})"]
@@ -43,22 +50,32 @@ def plan(config: Config) -> list[str]:
     kinds = (lineage.ranking, lineage.answers) if config.evaluate.answers else (lineage.ranking,)
     done = [name for name in names if all(kind(config, name, marks).complete() for kind in kinds)]
     answers = f"answers from {config.retriever.answer_size} chunks each" if config.evaluate.answers else "no answers"
-    lines = [
-        f"evaluate: results {artifact.url}: {questions:,} questions, {answers}, by {', '.join(names)}; done: {', '.join(done) or 'none'}"
+    return [
+        f"evaluate: results {artifact.url}: {questions:,} questions, {answers}, by {', '.join(names)}; done: {', '.join(done) or 'none'}",
+        *waits,
     ]
-    missing = [source for source in parts.needed(config) if not source.complete()]
-    return lines + [f"evaluate: waits for the {source.kind} {source.url} (workflows/{source.made_by}.py)" for source in missing]
 
 
 def run(config: Config) -> str:
     """Makes the results unless they are complete, prints the table and the places. Returns the place of results.json."""
+    parts.check(config)
+    make(config)
+    return evaluation.publish(config, lineage.results(config))
+
+
+def make(config: Config) -> None:
+    """Makes the results unless they are complete: what loads a model on the workers, where there are some.
+
+    Raises UserError and WorkflowError as `evaluation.make`.
+    """
     artifact = lineage.results(config)
-    if not artifact.complete():
-        if config.evaluate.workers > 1 or config.evaluate.gpus_per_worker > 0:
-            _encode(config)
-        parent = tracking.current()
-        _placed(config, "evaluate", _evaluate, parent and (parent.uri, parent.run_id))
-    return evaluation.publish(config, artifact)
+    if artifact.complete():
+        return
+    evaluation.test_set(config)  # what is wrong with it, or with a cross-encoder, is told before anything is encoded
+    parts.check_scorers(config)
+    failed = _encode(config) if config.evaluate.workers > 1 or config.evaluate.gpus_per_worker > 0 else {}
+    parent = tracking.current()
+    _placed(config, "evaluate", _evaluate, parent and (parent.uri, parent.run_id), failed)
 
 
 def _placed(config: Config, name: str, work: Callable[..., None], *arguments: Any) -> None:
@@ -72,13 +89,13 @@ def _placed(config: Config, name: str, work: Callable[..., None], *arguments: An
     cluster.apart(work, config.model_dump(), *arguments, worker=worker, name=name)
 
 
-def _evaluate(values: dict[str, Any], parent: tuple[str, str] | None) -> None:
-    """The evaluation; `parent` is the MLflow run (uri, id) that it lies below."""
+def _evaluate(values: dict[str, Any], parent: tuple[str, str] | None, failed: dict[str, tuple[bool, str]]) -> None:
+    """The evaluation; `parent` is the MLflow run (uri, id) that it lies below, `failed` what `_encode` returned."""
     from intra.config import parse
 
     config = parse(values)
     with tracking.below(parent):
-        evaluation.make(config, lineage.results(config))
+        evaluation.make(config, lineage.results(config), failed)
 
 
 def _tune(values: dict[str, Any], name: str) -> None:
@@ -88,25 +105,35 @@ def _tune(values: dict[str, Any], name: str) -> None:
     tuning.folder(parse(values), name)
 
 
-def _encode(config: Config) -> None:
-    """Makes the missing shards of the baselines' corpora on the cluster. The evaluation itself then finds them."""
+def _encode(config: Config) -> dict[str, tuple[bool, str]]:
+    """Makes the missing shards of the baselines' corpora on the cluster, for rankings that are to be made. The evaluation then finds them.
+
+    Returns the models whose corpora could not be made: whether the mistake is the user's, and what it is. Raises UserError where no worker
+    fits.
+    """
     from intra.data.schema import read_pool
 
     url = lineage.dataset(config).url
-    pool, made_of = read_pool(url), parts.Parts(config)
-    todo = []
-    for name in parts.encoded(config):
-        if missing := made_of.corpus(name, pool).missing():
-            model = config.evaluate.models[name]
-            if isinstance(model, DenseConfig) and model.tune is not None:
-                _placed(config, f"fine-tuning of {name}", _tune, name)  # by one process, before many read it
-            todo += [{"name": name, "first": shard.start, "stop": shard.stop} for shard in missing]
+    pool, made_of, marks = read_pool(url), parts.Parts(config), lineage.Marks(config)
+    open_ = [name for name in config.evaluate.depths() if not lineage.ranking(config, name, marks).complete()]
+    todo: list[dict[str, Any]] = []
+    failed: dict[str, tuple[bool, str]] = {}
+    for name in dict.fromkeys(filter(None, (parts.encoder(config, method) for method in open_))):
+        try:
+            if missing := made_of.corpus(name, pool).missing():
+                model = config.evaluate.models[name]
+                if isinstance(model, DenseConfig) and model.tune is not None:
+                    _placed(config, f"fine-tuning of {name}", _tune, name)  # by one process, before many read it
+                todo += [{"name": name, "first": shard.start, "stop": shard.stop} for shard in missing]
+        except (UserError, WorkflowError) as error:
+            failed[name] = isinstance(error, UserError), str(error)
     if todo:
         cluster.connect(config)
-        _on_cluster(config, url, todo)
+        failed |= _on_cluster(config, url, todo)
+    return failed
 
 
-def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> None:
+def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> dict[str, tuple[bool, str]]:
     import ray
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
@@ -115,6 +142,9 @@ def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> Non
     settings = config.evaluate
     if settings.gpus_per_worker == 0 and settings.device not in ("auto", "cpu"):
         raise UserError(f"evaluate.device={settings.device}, but evaluate.gpus_per_worker is 0; set it to 1, or set evaluate.device=cpu")
+    worker = {"CPU": float(settings.threads)} | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {})
+    remedy = "lower evaluate.threads or evaluate.gpus_per_worker"
+    cluster.wait_for(worker, settings.workers, config.cluster.wait_minutes, "evaluate.workers", remedy)
     cluster.quiet_data()
     rows = cluster.stage(
         ray.data.from_items(todo, override_num_blocks=len(todo)),
@@ -124,20 +154,25 @@ def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> Non
         settings.gpus_per_worker,
     )
     lost = {_shard(row): row for row in todo}
+    failed: dict[str, tuple[bool, str]] = {}
+    why = "their workers were lost again and again (killed, or out of memory)"
     try:
         with tqdm(total=len(todo), desc="encode for the baselines", unit="shard", disable=None) as bar:
             for row in rows.iter_rows():
-                cluster.check(row, f"evaluate, {_shard(row)}")
                 del lost[_shard(row)]
                 bar.update()
+                try:
+                    cluster.check(row, _shard(row))
+                except (UserError, WorkflowError) as error:
+                    failed.setdefault(row["name"], (isinstance(error, UserError), str(error)))
     except RayError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WorkflowError(f"evaluate: a worker was lost ({reason}); shards that are done are kept: run the same command again") from error
-    if lost:
-        raise WorkflowError(
-            f"evaluate: {len(lost)} of {len(todo)} shards were not encoded, their workers were lost again and again (killed, or out of "
-            f"memory): {'; '.join(lost)}; the others are kept: mend the cause and run the same command again"
+        why = f"a worker was lost ({' '.join(str(error).split())[:300]})"
+    for name in dict.fromkeys(row["name"] for row in lost.values()):
+        mine = [shard for shard, row in lost.items() if row["name"] == name]
+        failed.setdefault(
+            name, (False, f"{len(mine)} shards were not encoded, {why}: {'; '.join(mine)}; the others are kept: mend the cause")
         )
+    return failed
 
 
 def _shard(row: Mapping[str, Any]) -> str:

@@ -19,8 +19,10 @@ from collections.abc import Callable
 
 from intra import cli, lineage, tracking
 from intra.artifact import Artifact
+from intra.backbone import locate
 from intra.config import Config
 from intra.data import hub
+from intra.evaluation import parts
 from intra.evaluation import run as evaluation
 from workflows import prepare
 
@@ -52,13 +54,21 @@ def first_open(config: Config) -> int:
 
 def plan(config: Config) -> list[str]:
     """The plans of all steps, in order; of the first alone where it has files to fetch. Makes nothing."""
+    parts.check(config)
     if hub.missing(config.data):
         return [*prepare.plan(config), "the other steps have their plans once these files are there"]
-    return [line for name in order(config) for line in importlib.import_module(f"workflows.{name}").plan(config)]
+    lines: list[str] = []
+    for name in order(config):
+        try:
+            lines += importlib.import_module(f"workflows.{name}").plan(config)
+        except locate.NotHere as waits:  # weights that a dry run does not fetch
+            return [*lines, str(waits)]
+    return lines
 
 
 def run(config: Config) -> str:
     """Makes what is not complete, in order. Returns the place of results.json."""
+    parts.check(config)  # before hours that would end in it
     prepare.fetch(config)
     names, start = steps(config), first_open(config)
     for name in names[:start]:

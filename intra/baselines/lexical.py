@@ -60,10 +60,11 @@ class BM25:
     def _tokenize(self, texts: list[str], **options: bool) -> Any:
         import bm25s
 
-        return bm25s.tokenize(texts, stopwords="english", stemmer=_stemmer(self._settings.stemming), show_progress=False, **options)
+        return bm25s.tokenize(texts, stopwords="english", stemmer=stemmer(self._settings.stemming), show_progress=False, **options)
 
 
-def _stemmer(stemming: str) -> Any:
+def stemmer(stemming: str) -> Any:
+    """The stemmer of `evaluate.bm25.stemming`; None: none. Raises UserError where its package is missing."""
     if stemming == "none":
         return None
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -143,19 +144,53 @@ def encoder(config: Config, name: str) -> str | None:
     return None if found is None or isinstance(config.evaluate.models[found], CrossConfig) else found
 
 
+def check(config: Config) -> None:
+    """What would end an evaluation and is known before anything is made: the files of expected values, the models, their libraries.
+
+    Raises UserError.
+    """
+    from intra.baselines import lexical, models
+    from intra.evaluation import expectations
+
+    for place in config.evaluate.expected:
+        expectations.load(place)
+    for name in dict.fromkeys(found for method in config.evaluate.depths() if (found := model(config, method))):
+        settings = config.evaluate.models[name]
+        assert isinstance(settings, ModelConfig)
+        if importlib.util.find_spec("sentence_transformers") is None:
+            models.sentence_transformers(name)  # says what to install
+        if settings.revision is None:
+            models.folder(name, settings)
+    if "bm25" in config.evaluate.depths():
+        lexical.stemmer(config.evaluate.bm25.stemming)
+
+
+def check_scorers(config: Config) -> None:
+    """Loads each cross-encoder that a ranking still needs, on the CPU, and lets it go: what it lacks is told before the hours of encoding
+    and of its first list. Raises UserError and WorkflowError as it does."""
+    from intra.baselines import models
+
+    marks = lineage.Marks(config)
+    for name in config.evaluate.depths():
+        scorer = model(config, name)
+        settings = config.evaluate.models[scorer] if scorer else None
+        if scorer and isinstance(settings, CrossConfig) and not lineage.ranking(config, name, marks).complete():
+            models.Cross(scorer, settings, "cpu", config.evaluate.threads)
+
+
 def encoded(config: Config) -> list[str]:
     """The models whose corpora the methods need."""
     return list(dict.fromkeys(found for name in config.evaluate.depths() if (found := encoder(config, name))))
 
 
-def needed(config: Config) -> list[Artifact]:
-    """The artifacts an evaluation reads beside the dataset: the fewer, the fewer methods are asked for."""
-    artifacts = []
+def needed(config: Config) -> Iterator[Artifact]:
+    """The artifacts an evaluation reads beside the dataset: the fewer, the fewer methods are asked for. A retriever is known by what is
+    before it: ask for its place where that is complete."""
     intrinsic = not INTRINSIC.isdisjoint(config.evaluate.depths())
     tuned = any(isinstance(model := config.evaluate.models[name], DenseConfig) and model.tune for name in encoded(config))
     if config.evaluate.answers or intrinsic or tuned:
-        artifacts += [lineage.backbone(config)] if config.backbone.train else []
-        artifacts.append(lineage.store(config))
+        if config.backbone.train:
+            yield lineage.backbone(config)
+        yield lineage.store(config)
     if intrinsic or tuned:
-        artifacts.append(lineage.retriever(config))
-    return artifacts
+        yield lineage.retriever(config)

@@ -42,11 +42,14 @@ RESULTS = "results.json"
 REPORT = "report.html"
 RANKING = "ranking.parquet"
 ANSWERS = "answers.parquet"
+STORED = "the encoding of the corpus is the chunk store's, not in this index: all answers are read from it"
 ANSWER_COSTS = ("answer_seconds", "answers_read", "answer_operations", "answer_peak_bytes")
 
 
-def make(config: Config, artifact: Artifact) -> None:
+def make(config: Config, artifact: Artifact, failed: Mapping[str, tuple[bool, str]] | None = None) -> None:
     """Evaluates `config.evaluate.methods` and completes the results artifact.
+
+    `failed`: models of baselines whose corpora could not be encoded: whether that is the user's to mend, and why. Their methods fail by it.
 
     Raises UserError: a predecessor is missing, no test questions, one without an answer (evaluate.answers), a pool
     smaller than evaluate.k, a device for the baselines' models that this machine does not have. Where methods failed, after the others'
@@ -54,9 +57,9 @@ def make(config: Config, artifact: Artifact) -> None:
     """
     dataset = lineage.dataset(config)
     facts = dataset.manifest()
-    sources = {source.kind: source.fingerprint for source in needed(config) if source.manifest()}
-    questions, pool = _test_set(config, dataset)
-    searches = Searches(Parts(config), questions, pool)
+    questions, pool = test_set(config)
+    sources = {source.kind: source.fingerprint for source in needed(config)}
+    searches = Searches(Parts(config), questions, pool, failed)
     searches.check_device()
     with tracking.step(config, "evaluate", artifact) as run:
         run.log_input("pool", facts["pool_sha256"], dataset.path(POOL))
@@ -156,8 +159,8 @@ def _note(config: Config, name: str, cost: Mapping[str, float | None]) -> str:
     if cost.get("ivf_recall") is not None:
         return f"approximate: {cost['ivf_recall']:.3f} of the exact top {cost['ivf_recall_k']} ({cost['ivf_recall_questions']} questions)"
     if name == "s0_reranked" and config.retriever.scoring == "mixture" and "intra" in config.evaluate.methods:
-        return "its time is without the normalisers over the pool, which INTRA has computed; its operations are with them"
-    return ""
+        return f"{STORED}; its time is without the normalisers over the pool, which INTRA has computed; its operations are with them"
+    return STORED if name in INTRINSIC else ""
 
 
 def _log_curves(run: tracking.Run, found: Sequence[Record]) -> None:
@@ -195,7 +198,12 @@ def _weights(config: Config) -> list[list[float]]:
     return found
 
 
-def _test_set(config: Config, dataset: Artifact) -> tuple[list[Question], Pool]:
+def test_set(config: Config) -> tuple[list[Question], Pool]:
+    """Test questions and pool. Raises UserError where an evaluation of them would end: a predecessor is missing, or they do not suit it."""
+    dataset = lineage.dataset(config)
+    dataset.manifest()
+    for source in needed(config):
+        source.manifest()
     questions, pool = read_questions(dataset.url, "test"), read_pool(dataset.url)
     if not questions:
         raise UserError(f"dataset {dataset.url} holds no test questions; check data.test_split and run workflows/prepare.py")
@@ -213,8 +221,11 @@ def _test_set(config: Config, dataset: Artifact) -> tuple[list[Question], Pool]:
 class Searches:
     """The rankings of the methods and of the parts they are made of: each read where it is stored, else made and stored, once."""
 
-    def __init__(self, parts: Parts, questions: Sequence[Question], pool: Pool) -> None:
+    def __init__(
+        self, parts: Parts, questions: Sequence[Question], pool: Pool, unencoded: Mapping[str, tuple[bool, str]] | None = None
+    ) -> None:
         self.parts = parts
+        self._unencoded = unencoded or {}
         self.questions = questions
         self.pool = pool
         self.marks = lineage.Marks(parts.config)
@@ -222,10 +233,13 @@ class Searches:
         self._known: dict[str, Rankings] = {}
         self._failures: dict[str, Exception] = {}
 
-    def ranking(self, name: str) -> Rankings:
-        """As deep as anything asks of it."""
+    def ranking(self, name: str, part: bool = False) -> Rankings:
+        """As deep as anything asks of it. `part`: asked for by a method that is made of it."""
         if name in self._failures:
-            raise WorkflowError(f"its part {name} failed")
+            before = self._failures[name]
+            if part:
+                raise (UserError if isinstance(before, UserError) else WorkflowError)(f"its part {name} failed")
+            raise before
         if name not in self._known:
             try:
                 self._known[name] = self._ranking(name)
@@ -291,15 +305,17 @@ class Searches:
         artifact, depth = lineage.ranking(self.parts.config, name, self.marks), min(self._depths[name], len(self.pool))
         for part in self.parts.config.evaluate.parts(name):
             # Before the clock starts: their cost is theirs. And where this ranking is complete: theirs may be deeper this time, or deleted.
-            self.ranking(part)
+            self.ranking(part, part=True)
         if artifact.complete():
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
             return rankings
+        if (reason := self._unencoded.get(encoder(self.parts.config, name) or "")) is not None:
+            raise (UserError if reason[0] else WorkflowError)(reason[1])
         if name in INTRINSIC - {"maxsim"}:
-            self.parts.passes.remember(self.ranking("maxsim"))  # S_0, where an earlier run has made it
+            self.parts.passes.remember(self.ranking("maxsim", part=True))  # S_0, where an earlier run has made it
         with cost.Meter() as meter:
-            method = self.parts.method(name, lambda part, depth: {key: found[:depth] for key, found in self.ranking(part).items()})
+            method = self.parts.method(name, self._first)
             method.index(self.pool)
             indexed = meter.seconds
             rankings = method.search(self.questions, depth)
@@ -312,6 +328,9 @@ class Searches:
         taken |= {"operations": self._operations(name, method), **getattr(method, "facts", {})}
         artifact.finish({"method": name, "depth": depth, **taken})
         return rankings
+
+    def _first(self, part: str, depth: int) -> Rankings:
+        return {key: found[:depth] for key, found in self.ranking(part, part=True).items()}
 
     def _operations(self, name: str, method: Method) -> float:
         """Of one question's search, without the parts'; 0 for chance, the oracle and a fusion."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from intra import cli, lineage, storage, tracking
+from intra import cli, cluster, lineage, storage, tracking
 from intra import config as configuration
 from intra.backbone import model as backbones
 from intra.config import Config
@@ -17,6 +19,7 @@ from intra.errors import UserError, WorkflowError
 from intra.evaluation import metrics
 from workflows import evaluate, nightly, prepare
 
+from ...baselines.conftest import SIZES, saved
 from .runs import ANSWER_RECALL, METHODS, make_store_and_retriever, settings, table, tiny_dense
 
 
@@ -156,7 +159,6 @@ def test_what_is_missing_is_named(model: Path, ledger: str, tmp_path: Path, caps
 def test_workers_encode_the_same_corpus(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Ray Data with two workers, and in this process: the same bytes, and the same results."""
     from intra.baselines.corpus import Corpus
-    from tests.baselines.conftest import SIZES, saved
 
     folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
     made = {}
@@ -176,40 +178,168 @@ def test_workers_encode_the_same_corpus(model: Path, ledger: str, tmp_path: Path
 
 
 class Mapped:
-    """A data set of Ray's in this process: the rows by a stage, without those that are lost."""
+    """A data set of Ray's in this process: the rows by a stage, without those that are lost; then, where given, an error."""
 
-    def __init__(self, rows: list[dict[str, Any]], work: Any) -> None:
-        self.rows, self.work = rows, work
+    def __init__(self, rows: list[dict[str, Any]], work: Any, error: Exception | None = None) -> None:
+        self.rows, self.work, self.error = rows, work, error
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        return map(self.work, self.rows)
+        yield from map(self.work, self.rows)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def by_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Does what workers of Ray Data would in this process; `chosen` picks the rows that are not lost. Returns those it was asked for."""
+
+    def here(chosen: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list, error: Exception | None = None) -> list[dict[str, Any]]:
+        import ray.data
+
+        asked: list[dict[str, Any]] = []
+
+        def stage(rows: list[dict[str, Any]], build: Any, *_: Any) -> Mapped:
+            asked.extend(rows)
+            return Mapped(chosen(rows), cluster.Stage(*build), error)
+
+        monkeypatch.setattr(cluster, "connect", lambda _: None)
+        monkeypatch.setattr(cluster, "wait_for", lambda *_, **__: None)
+        monkeypatch.setattr(ray.data, "from_items", lambda rows, **_: rows)
+        monkeypatch.setattr(cluster, "stage", stage)
+        return asked
+
+    return here
+
+
+def two_tiny(model: Path, ledger: str, tmp_path: Path, **others: Any) -> Config:
+    """BM25 and two dense baselines, the second of which cannot be made: its folder says nothing of what its weights are."""
+    good = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
+    bad = shutil.copytree(good, tmp_path / "bad")
+    (bad / "config.json").write_text("{}")
+    table = {"tiny": tiny_dense(good), "bad": tiny_dense(bad), "both": {"kind": "fusion", "of": ["bm25", "bad"], "depth": 12}}
+    asked = {
+        "methods": ["bad", "both", "tiny", "bm25"],
+        "answers": False,
+        "models": table,
+        "shard_chunks": 16,
+        "workers": 2,
+        "device": "cpu",
+    }
+    config = settings(tmp_path / "run", model, ledger, **asked | others)
+    prepare.run(config)
+    return config
 
 
 def test_shards_whose_workers_died_again_and_again_are_named(
-    model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, ledger: str, tmp_path: Path, by_workers: Callable[..., Any]
 ) -> None:
-    """The stage that ends the retries leaves them out."""
-    import ray.data
-
-    from intra import cluster
-    from tests.baselines.conftest import SIZES, saved
-
-    folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
-    config = settings(tmp_path / "run", model, ledger, methods=["tiny"], answers=False, models={"tiny": tiny_dense(folder)},
-                      shard_chunks=16, workers=2, device="cpu")  # fmt: skip
-    prepare.run(config)
-    monkeypatch.setattr(cluster, "connect", lambda _: None)
-    monkeypatch.setattr(ray.data, "from_items", lambda rows, **_: rows)
-    monkeypatch.setattr(cluster, "stage", lambda rows, build, *_: Mapped(rows[:2] + rows[3:], cluster.Stage(*build)))
-    with pytest.raises(WorkflowError, match=r"evaluate: 1 of 4 shards were not encoded.*: tiny, shard 000000032; the others are kept"):
+    """The stage that ends the retries leaves them out. The other methods' results are written."""
+    config = two_tiny(model, ledger, tmp_path, methods=["tiny", "bm25"])
+    by_workers(lambda rows: rows[:2] + rows[3:])
+    with pytest.raises(WorkflowError, match=r"method tiny failed: 1 shards were not encoded.*: tiny, shard 000000032; the others are kept"):
         evaluate.run(config)
     assert {"000000000.safetensors", "000000048.safetensors"} < set(storage.names(lineage.vectors(config, "tiny").url))
     assert not lineage.results(config).complete()
+    assert {record["method"] for record in storage.read_json(f"{config.root}/results/results.json")} == {"bm25"}
+
+
+def test_a_lost_machine_fails_those_that_wait_for_it(model: Path, ledger: str, tmp_path: Path, by_workers: Callable[..., Any]) -> None:
+    from ray.exceptions import ActorDiedError
+
+    config = two_tiny(model, ledger, tmp_path, methods=["tiny", "bm25"])
+    by_workers(lambda rows: rows[:3], ActorDiedError())
+    with pytest.raises(WorkflowError, match=r"method tiny failed: 1 shards were not encoded, a worker was lost \(.*the others are kept"):
+        evaluate.run(config)
+    by_workers()
+    evaluate.run(config)
+
+
+def test_a_model_that_cannot_encode_leaves_the_others(
+    model: Path, ledger: str, tmp_path: Path, by_workers: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By workers as in this process: its methods fail by its reason, once each, and what is made of it."""
+    config = two_tiny(model, ledger, tmp_path)
+    by_workers()
+    with pytest.raises(WorkflowError) as caught:
+        evaluate.run(config)
+    assert re.search(r"^method bad failed: .*config\.json.*; method both failed: its part bad failed; the other methods", str(caught.value))
+    records = storage.read_json(f"{config.root}/results/results.json")
+    assert {record["method"] for record in records} == {"tiny", "bm25"}
+    assert capsys.readouterr().err.count("error: method bad failed: ") == 1
+
+
+def test_no_corpus_is_encoded_for_rankings_that_are_there(model: Path, ledger: str, tmp_path: Path, by_workers: Callable[..., Any]) -> None:
+    """The vectors, tens of gigabytes perhaps, may be deleted; nor is anything encoded where the evaluation could not go on."""
+    config = two_tiny(model, ledger, tmp_path, methods=["tiny", "bm25"])
+    asked = by_workers()
+    evaluate.run(config)
+    assert len(asked) == 4
+    storage.remove(lineage.vectors(config, "tiny").url)
+    asked = by_workers()
+    evaluate.run(
+        two_tiny(model, ledger, tmp_path / "again", methods=["tiny", "bm25"], bootstrap=200).model_copy(update={"root": config.root})
+    )
+    assert asked == []
+    deep = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"k": [500]})})
+    with pytest.raises(UserError, match=r"evaluate\.k: rankings of 500 chunks need a larger pool"):
+        evaluate.run(deep)
+    assert asked == []
+
+
+def test_a_reranker_that_cannot_be_loaded_is_told_before_anything_is_encoded(model: Path, ledger: str, tmp_path: Path) -> None:
+    table = {"tiny": tiny_dense(saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES))}
+    headless = {"kind": "cross", "model": str(tmp_path / "bert"), "max_length": 64}  # an encoder: its score would be drawn at random
+    table |= {"judge": headless, "judged": {"kind": "rerank", "of": "tiny", "by": "judge", "depth": 20}}
+    config = settings(tmp_path / "run", model, ledger, methods=["judged"], answers=False, models=table, device="cpu")
+    prepare.run(config)
+    with pytest.raises(UserError, match=r"evaluate\.models\.judge\.model: the weights in .* lack classifier\."):
+        evaluate.run(config)
+    assert not Path(config.root, "vectors").exists()
+
+
+def test_encoders_that_fit_nowhere_are_told(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data would wait for ever, without a word."""
+    config = two_tiny(model, ledger, tmp_path, methods=["tiny"], gpus_per_worker=1, device="auto")
+    monkeypatch.setattr(cluster, "connect", lambda _: None)
+    monkeypatch.setattr(cluster, "fits", lambda _: 0)
+    monkeypatch.setattr(cluster, "here", lambda: "2 CPU and 0 GPU")
+    with pytest.raises(
+        UserError, match=r"^evaluate\.workers: no worker of 1 CPU and 1 GPU fits: there are 2 CPU and 0 GPU here; lower evaluate"
+    ):
+        evaluate.run(config)
+
+
+def test_what_can_be_known_is_checked_before_anything_is_made(model: Path, ledger: str, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    table = {"tiny": tiny_dense(empty)}
+    for asked, message in [
+        ({"expected": [str(tmp_path / "nope.yaml")], "methods": ["bm25"]}, "evaluate.expected: no file"),
+        ({"models": table, "methods": ["tiny"]}, "evaluate.models.tiny"),
+        ({"methods": ["bm25", "minilm"], "models": {"minilm": {"model": "package:nope/x"}}}, "the package nope is not installed"),
+    ]:
+        config = settings(tmp_path / "run", model, ledger, answers=False, **asked)
+        for command in (nightly.plan, nightly.run, evaluate.plan, evaluate.run):
+            with pytest.raises(UserError, match=message):
+                command(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_what_methods_share_is_the_users_for_each(model: Path, ledger: str, tmp_path: Path) -> None:
+    """INTRA comes first and fails by its S_0; as a method of its own S_0 says why, and what is made of it says by what. Exit status 2."""
+    config = settings(tmp_path, model, ledger, methods=["intra", "maxsim", "s0_reranked"], answers=False)
+    prepare.run(config)
+    make_store_and_retriever(config)
+    place = lineage.store(config).path("manifest.json")
+    storage.write_json(place, storage.read_json(place) | {"backbone": "0" * 64})
+    with pytest.raises(UserError) as caught:
+        evaluate.run(config)
+    for name, why in [("intra", "store "), ("maxsim", "store "), ("s0_reranked", "its part maxsim failed")]:
+        assert f"method {name} failed: {why}" in str(caught.value)
+    assert str(caught.value).count("its states are of a backbone of digest 0000000000000000") == 2
 
 
 def test_a_device_that_is_not_there_is_named_before_the_first_method(model: Path, ledger: str, tmp_path: Path) -> None:
-    from tests.baselines.conftest import SIZES, saved
-
     folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
     table = {"tiny": tiny_dense(folder), "again": {"kind": "rerank", "of": "bm25", "by": "tiny", "depth": 20}}
     for methods in (["bm25", "tiny"], ["bm25", "again"]):
@@ -265,7 +395,6 @@ def test_the_encoding_of_a_corpus_counts_once_whoever_did_it(
     from intra.data.schema import read_pool
     from intra.evaluation.parts import Parts
     from intra.evaluation.run import Searches
-    from tests.baselines.conftest import SIZES, saved
 
     folder = saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES)
     models = {"tiny": tiny_dense(folder), "again": {"kind": "rerank", "of": "tiny", "by": "tiny", "depth": 12}}
