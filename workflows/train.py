@@ -68,17 +68,17 @@ def run(config: Config) -> str:
     _check_prefixes(config)
     _check_questions(config)
     lineage.check_store(config)
-    with claim.hold(artifact):
+    with claim.hold(artifact) as mine:
         if not artifact.complete():  # another run may just have ended
             with tracking.step(config, "train", artifact) as step:
-                _make(config, artifact, device, step)
+                _make(config, artifact, device, step, mine)
     return artifact.url
 
 
 # -- on the driver ----------------------------------------------------------------------------------------------------
 
 
-def _make(config: Config, artifact: Artifact, device: str, step: tracking.Run) -> None:
+def _make(config: Config, artifact: Artifact, device: str, step: tracking.Run, mine: claim.Claim) -> None:
     dataset, store = lineage.dataset(config), lineage.store(config)
     step.log_input("questions", dataset.manifest()["questions_sha256"], dataset.url)
     step.log_input("store", store.fingerprint, store.url)
@@ -100,6 +100,7 @@ def _make(config: Config, artifact: Artifact, device: str, step: tracking.Run) -
             "tracking": [step.uri, step.run_id],
         },
     )
+    mine.check()  # a driver that was suspended may have been taken over: what is there is the other's to complete
     from intra.retrieval.retriever import CARD, CONFIG, MODEL, Retriever
 
     retriever = Retriever.from_pretrained(artifact.url)

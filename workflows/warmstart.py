@@ -84,22 +84,23 @@ def run(config: Config) -> str:
     if lineage.over_encoder(config):
         lineage.store(config).manifest()  # there, and complete
         whitened.make(config)  # as it is, unless it was deleted since the store was made
-    with claim.hold(backbone):
+    with claim.hold(backbone) as mine:
         if not backbone.complete():  # another run may just have ended
             with tracking.step(config, "warmstart", backbone) as step:
-                _make(config, backbone, step)
+                _make(config, backbone, step, mine)
     return backbone.url
 
 
 # -- on the driver ----------------------------------------------------------------------------------------------------
 
 
-def _make(config: Config, artifact: Artifact, step: tracking.Run) -> None:
+def _make(config: Config, artifact: Artifact, step: tracking.Run, mine: claim.Claim) -> None:
     dataset = lineage.dataset(config)
     step.log_input("questions", dataset.manifest()["questions_sha256"], dataset.url)
     training = f"{artifact.url}.training"
     started = time.monotonic()
     checkpoint = _fit(config, training, step)
+    mine.check()  # a driver that was suspended may have been taken over: the folder is the other's
     work = (config.model_dump(), checkpoint, time.monotonic() - started, (step.uri, step.run_id))
     recipe = config.backbone.warmstart
     if cluster.joined() and recipe.gpus_per_worker > 0:

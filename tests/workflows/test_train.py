@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -256,6 +257,32 @@ def test_two_runs_do_not_train_one_retriever(prepared: Callable[..., tuple[Path,
         assert cli.main(None, train.plan, train.run, ["--config", str(file)]) == 1
     assert f"retriever {lineage.retriever(config).url} is being made by another run" in capsys.readouterr().err
     assert not storage.names(lineage.retriever(config).url)
+
+
+def test_a_run_that_was_taken_over_completes_nothing(
+    prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that was suspended: another has claimed the retriever before its own training ended."""
+    file, config = prepared("taken")
+    artifact, held, take = lineage.retriever(config), [], claim.take
+
+    def taken(made: Artifact) -> claim.Claim:
+        held.append(take(made))
+        return held[0]
+
+    def fit(*_: object) -> None:
+        other = json.loads(claim._text("another")) | {"host": "elsewhere", "name": "elsewhere"}
+        storage.write_json(artifact.path("claim", "000002.json"), other)
+        deadline = time.monotonic() + 30
+        while held[0]._lost is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    monkeypatch.setattr(claim, "RENEWED", 0.05)
+    monkeypatch.setattr(claim, "take", taken)
+    monkeypatch.setattr(train, "_fit", fit)
+    assert cli.main(None, train.plan, train.run, ["--config", str(file)]) == 1
+    assert re.search(r"elsewhere.* has taken it over; this run stops", capsys.readouterr().err)
+    assert not artifact.complete()
 
 
 def test_gold_outside_the_store_is_refused(prepared: Callable[..., tuple[Path, Config]], capsys: pytest.CaptureFixture[str]) -> None:
