@@ -117,7 +117,9 @@ class Tuner:
             while True:
                 done = len(self.curve)
                 if self.held_out and done not in self.measured and (done % recipe.measure_every == 0 or done == recipe.steps):
+                    bar.set_postfix_str("searching for held-out questions")
                     self.measure()
+                    bar.set_postfix_str("")
                     self.save(training)
                 elif done and done % recipe.checkpoint_every == 0:
                     self.save(training)
