@@ -399,6 +399,10 @@ def _anchored(config: Config) -> Config:
         data = data.model_copy(update={"path": storage.absolute(data.path, "data.path")})
     if backbone.model != "quickstart" and Path(backbone.model).expanduser().is_dir():
         backbone = backbone.model_copy(update={"model": storage.absolute(backbone.model)})
+    encoder = backbone.architecture.encoder
+    if encoder and not encoder.startswith("package:"):
+        architecture = backbone.architecture.model_copy(update={"encoder": storage.absolute(encoder, "backbone.architecture.encoder")})
+        backbone = backbone.model_copy(update={"architecture": architecture})
     models = {
         name: model.model_copy(update={"model": storage.absolute(model.model)})
         if isinstance(model, ModelConfig) and Path(model.model).expanduser().is_dir()

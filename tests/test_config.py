@@ -149,6 +149,12 @@ def test_local_paths_are_absolute_for_workers_in_other_directories(tmp_path: Pat
     config = configuration.load("c.yaml", ["data.source=jsonl", "data.path=../data", "backbone.model=model"])
     assert (config.root, config.data.path) == (str(tmp_path / "run"), str(tmp_path.parent / "data"))
     assert config.backbone.model == str(tmp_path / "model")
+    frozen = ["backbone.train=true", "backbone.architecture.matching_heads=3", "backbone.architecture.encoder=bert"]
+    assert configuration.load("c.yaml", frozen).backbone.architecture.encoder == str(tmp_path / "bert")
+    assert (
+        configuration.load("c.yaml", [*frozen[:2], "backbone.architecture.encoder=package:a/b"]).backbone.architecture.encoder
+        == "package:a/b"
+    )
     away = configuration.load("c.yaml", ["root=s3://bucket/run", "backbone.model=google/t5gemma-2-270m-270m"])
     assert (away.root, away.backbone.model) == ("s3://bucket/run", "google/t5gemma-2-270m-270m")
     assert configuration.load("c.yaml", [f"root=file://{tmp_path}/run"]).root == str(tmp_path / "run")
