@@ -71,9 +71,11 @@ def make(config: Config) -> None:
     artifact = lineage.results(config)
     if artifact.complete():
         return
-    evaluation.test_set(config)  # what is wrong with it, or with a cross-encoder, is told before anything is encoded
-    parts.check_scorers(config)
-    failed = _encode(config) if config.evaluate.workers > 1 or config.evaluate.gpus_per_worker > 0 else {}
+    failed = parts.unloadable(config)
+    for name, error in failed.items():
+        print(f"error: model {name} fails its methods: {error}", file=sys.stderr)
+    if config.evaluate.workers > 1 or config.evaluate.gpus_per_worker > 0:
+        failed |= _encode(config)
     parent = tracking.current()
     _placed(config, "evaluate", _evaluate, parent and (parent.uri, parent.run_id), failed)
 
@@ -89,7 +91,7 @@ def _placed(config: Config, name: str, work: Callable[..., None], *arguments: An
     cluster.apart(work, config.model_dump(), *arguments, worker=worker, name=name)
 
 
-def _evaluate(values: dict[str, Any], parent: tuple[str, str] | None, failed: dict[str, tuple[bool, str]]) -> None:
+def _evaluate(values: dict[str, Any], parent: tuple[str, str] | None, failed: dict[str, Exception]) -> None:
     """The evaluation; `parent` is the MLflow run (uri, id) that it lies below, `failed` what `_encode` returned."""
     from intra.config import parse
 
@@ -105,19 +107,16 @@ def _tune(values: dict[str, Any], name: str) -> None:
     tuning.folder(parse(values), name)
 
 
-def _encode(config: Config) -> dict[str, tuple[bool, str]]:
+def _encode(config: Config) -> dict[str, Exception]:
     """Makes the missing shards of the baselines' corpora on the cluster, for rankings that are to be made. The evaluation then finds them.
 
-    Returns the models whose corpora could not be made: whether the mistake is the user's, and what it is. Raises UserError where no worker
-    fits.
+    Returns the models whose corpora could not be made, and why. Raises UserError where no worker fits, or the evaluation itself would end.
     """
-    from intra.data.schema import read_pool
-
-    url = lineage.dataset(config).url
-    pool, made_of, marks = read_pool(url), parts.Parts(config), lineage.Marks(config)
+    _, pool = evaluation.test_set(config)
+    made_of, marks = parts.Parts(config), lineage.Marks(config)
     open_ = [name for name in config.evaluate.depths() if not lineage.ranking(config, name, marks).complete()]
     todo: list[dict[str, Any]] = []
-    failed: dict[str, tuple[bool, str]] = {}
+    failed: dict[str, Exception] = {}
     for name in dict.fromkeys(filter(None, (parts.encoder(config, method) for method in open_))):
         try:
             if missing := made_of.corpus(name, pool).missing():
@@ -126,14 +125,14 @@ def _encode(config: Config) -> dict[str, tuple[bool, str]]:
                     _placed(config, f"fine-tuning of {name}", _tune, name)  # by one process, before many read it
                 todo += [{"name": name, "first": shard.start, "stop": shard.stop} for shard in missing]
         except (UserError, WorkflowError) as error:
-            failed[name] = isinstance(error, UserError), str(error)
+            failed[name] = error
     if todo:
         cluster.connect(config)
-        failed |= _on_cluster(config, url, todo)
+        failed |= _on_cluster(config, lineage.dataset(config).url, todo)
     return failed
 
 
-def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> dict[str, tuple[bool, str]]:
+def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> dict[str, Exception]:
     import ray
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
@@ -154,7 +153,7 @@ def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> dic
         settings.gpus_per_worker,
     )
     lost = {_shard(row): row for row in todo}
-    failed: dict[str, tuple[bool, str]] = {}
+    failed: dict[str, Exception] = {}
     why = "their workers were lost again and again (killed, or out of memory)"
     try:
         with tqdm(total=len(todo), desc="encode for the baselines", unit="shard", disable=None) as bar:
@@ -164,14 +163,13 @@ def _on_cluster(config: Config, dataset: str, todo: list[dict[str, Any]]) -> dic
                 try:
                     cluster.check(row, _shard(row))
                 except (UserError, WorkflowError) as error:
-                    failed.setdefault(row["name"], (isinstance(error, UserError), str(error)))
+                    failed.setdefault(row["name"], error)
     except RayError as error:
         why = f"a worker was lost ({' '.join(str(error).split())[:300]})"
     for name in dict.fromkeys(row["name"] for row in lost.values()):
         mine = [shard for shard, row in lost.items() if row["name"] == name]
-        failed.setdefault(
-            name, (False, f"{len(mine)} shards were not encoded, {why}: {'; '.join(mine)}; the others are kept: mend the cause")
-        )
+        text = f"{len(mine)} shards were not encoded, {why}: {'; '.join(mine)}; the others are kept: mend the cause"
+        failed.setdefault(name, WorkflowError(text))
     return failed
 
 

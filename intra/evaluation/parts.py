@@ -11,6 +11,7 @@ from intra import cluster, lineage
 from intra.artifact import Artifact
 from intra.config import Config
 from intra.data.schema import Pool
+from intra.errors import UserError, WorkflowError
 from intra.evaluate_config import CrossConfig, DenseConfig, FusionConfig, LateConfig, ModelConfig, RerankConfig
 from intra.method import Method, Rankings
 
@@ -165,17 +166,23 @@ def check(config: Config) -> None:
         lexical.stemmer(config.evaluate.bm25.stemming)
 
 
-def check_scorers(config: Config) -> None:
-    """Loads each cross-encoder that a ranking still needs, on the CPU, and lets it go: what it lacks is told before the hours of encoding
-    and of its first list. Raises UserError and WorkflowError as it does."""
+def unloadable(config: Config) -> dict[str, Exception]:
+    """Of the cross-encoders that rankings still need those that cannot be loaded, and why. Each is loaded on the CPU and let go.
+
+    What one lacks is so told before the hours of encoding and of its first list.
+    """
     from intra.baselines import models
 
-    marks = lineage.Marks(config)
+    marks, found = lineage.Marks(config), dict[str, Exception]()
     for name in config.evaluate.depths():
         scorer = model(config, name)
         settings = config.evaluate.models[scorer] if scorer else None
         if scorer and isinstance(settings, CrossConfig) and not lineage.ranking(config, name, marks).complete():
-            models.Cross(scorer, settings, "cpu", config.evaluate.threads)
+            try:
+                models.Cross(scorer, settings, "cpu", config.evaluate.threads)
+            except (UserError, WorkflowError) as error:
+                found[scorer] = error
+    return found
 
 
 def encoded(config: Config) -> list[str]:

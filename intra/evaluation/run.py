@@ -46,10 +46,10 @@ STORED = "the encoding of the corpus is the chunk store's, not in this index: al
 ANSWER_COSTS = ("answer_seconds", "answers_read", "answer_operations", "answer_peak_bytes")
 
 
-def make(config: Config, artifact: Artifact, failed: Mapping[str, tuple[bool, str]] | None = None) -> None:
+def make(config: Config, artifact: Artifact, failed: Mapping[str, Exception] | None = None) -> None:
     """Evaluates `config.evaluate.methods` and completes the results artifact.
 
-    `failed`: models of baselines whose corpora could not be encoded: whether that is the user's to mend, and why. Their methods fail by it.
+    `failed`: models of baselines that cannot be loaded, or whose corpora could not be encoded, and why. Their methods fail by it.
 
     Raises UserError: a predecessor is missing, no test questions, one without an answer (evaluate.answers), a pool
     smaller than evaluate.k, a device for the baselines' models that this machine does not have. Where methods failed, after the others'
@@ -221,11 +221,9 @@ def test_set(config: Config) -> tuple[list[Question], Pool]:
 class Searches:
     """The rankings of the methods and of the parts they are made of: each read where it is stored, else made and stored, once."""
 
-    def __init__(
-        self, parts: Parts, questions: Sequence[Question], pool: Pool, unencoded: Mapping[str, tuple[bool, str]] | None = None
-    ) -> None:
+    def __init__(self, parts: Parts, questions: Sequence[Question], pool: Pool, failed: Mapping[str, Exception] | None = None) -> None:
         self.parts = parts
-        self._unencoded = unencoded or {}
+        self._models = failed or {}
         self.questions = questions
         self.pool = pool
         self.marks = lineage.Marks(parts.config)
@@ -303,6 +301,9 @@ class Searches:
 
     def _ranking(self, name: str) -> Rankings:
         artifact, depth = lineage.ranking(self.parts.config, name, self.marks), min(self._depths[name], len(self.pool))
+        own = model(self.parts.config, name)
+        if own is not None and own in self._models and not artifact.complete():
+            raise self._models[own]
         for part in self.parts.config.evaluate.parts(name):
             # Before the clock starts: their cost is theirs. And where this ranking is complete: theirs may be deeper this time, or deleted.
             self.ranking(part, part=True)
@@ -310,8 +311,6 @@ class Searches:
             rankings = results.rankings_of(pq.read_table(io.BytesIO(storage.read_bytes(artifact.path(RANKING)))))
             check(name, rankings, self.questions, depth, self.pool)
             return rankings
-        if (reason := self._unencoded.get(encoder(self.parts.config, name) or "")) is not None:
-            raise (UserError if reason[0] else WorkflowError)(reason[1])
         if name in INTRINSIC - {"maxsim"}:
             self.parts.passes.remember(self.ranking("maxsim", part=True))  # S_0, where an earlier run has made it
         with cost.Meter() as meter:

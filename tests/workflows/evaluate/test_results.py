@@ -286,15 +286,20 @@ def test_no_corpus_is_encoded_for_rankings_that_are_there(model: Path, ledger: s
     assert asked == []
 
 
-def test_a_reranker_that_cannot_be_loaded_is_told_before_anything_is_encoded(model: Path, ledger: str, tmp_path: Path) -> None:
+def test_a_reranker_that_cannot_be_loaded_is_told_first_and_leaves_the_others(
+    model: Path, ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = {"tiny": tiny_dense(saved(tmp_path / "bert", "BertModel", "BertConfig", SIZES))}
     headless = {"kind": "cross", "model": str(tmp_path / "bert"), "max_length": 64}  # an encoder: its score would be drawn at random
     table |= {"judge": headless, "judged": {"kind": "rerank", "of": "tiny", "by": "judge", "depth": 20}}
-    config = settings(tmp_path / "run", model, ledger, methods=["judged"], answers=False, models=table, device="cpu")
+    config = settings(tmp_path / "run", model, ledger, methods=["bm25", "judged"], answers=False, models=table, device="cpu")
     prepare.run(config)
-    with pytest.raises(UserError, match=r"evaluate\.models\.judge\.model: the weights in .* lack classifier\."):
+    with pytest.raises(UserError, match=r"method judged failed: evaluate\.models\.judge\.model: the weights in .* lack classifier\."):
         evaluate.run(config)
-    assert not Path(config.root, "vectors").exists()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in told] == ["model judge fails its methods", "method judged failed"]
+    assert not Path(config.root, "vectors").exists()  # of its first list, which nobody else asks for
+    assert {record["method"] for record in storage.read_json(f"{config.root}/results/results.json")} == {"bm25"}
 
 
 def test_encoders_that_fit_nowhere_are_told(model: Path, ledger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
